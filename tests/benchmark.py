@@ -1,0 +1,181 @@
+"""把一課當成使用者那樣整個執行，量時間、記憶體與結果；README 裡的每個數字都從這裡來。
+
+python tests/benchmark.py 3_Pendulum                   種子 0 到 9，印出來
+python tests/benchmark.py 3_Pendulum --write           並寫進 figures/results.json 與 README 的結果表
+python tests/benchmark.py 3_Pendulum --compare --write    跑 --compare，更新比較圖與比較表
+python tests/benchmark.py 3_Pendulum --trials --write     跑 README 試驗表的每一列，更新表中的數字
+python tests/benchmark.py --all --write                以上全部，每一課
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lessons import LESSONS, RESULTS, ROOT, block, config_table, load, metrics, replace_block, script
+
+SEEDS = range(10)
+
+
+def run_once(lesson: str, flags: str, out_dir: Path) -> dict:
+    """一個完整的行程；時間從啟動算到結束，記憶體是作業系統記的最大值。"""
+    command = [sys.executable, str(script(lesson)), *flags.split(), "--out-dir", str(out_dir)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status != 0:
+        sys.exit(f"{' '.join(command)}\n{errors.decode()}")
+    recorded = metrics(out_dir)
+    return {
+        "seed": recorded["seed"],
+        "total_seconds": round(seconds, 2),
+        "train_seconds": round(recorded["seconds"]["train"], 2),
+        "peak_mb": round(usage.ru_maxrss / 1024),
+        **{key: recorded[key] for key in RESULTS[lesson]},
+    }
+
+
+def run_seeds(lesson: str, flags: str = "", seeds=SEEDS, workers: int = 1) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(run_once, lesson, f"{flags} --seed {seed}", Path(folder) / str(seed)) for seed in seeds]
+        return [job.result() for job in jobs]
+
+
+def median_and_range(values: list[float], pattern: str) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{pattern.format(middle)} ({pattern.format(low)} – {pattern.format(high)})"
+
+
+def results_table(lesson: str, record: dict) -> str:
+    """README 的結果表，完全由 results.json 決定。"""
+    runs = record["runs"]
+    lines = [f"種子 {runs[0]['seed']} 到 {runs[-1]['seed']}，預設設定，{record['machine']}。", ""]
+    lines += ["| 量 | 中位數 (最小 – 最大) |", "| --- | --- |"]
+    for key, (name, pattern) in RESULTS[lesson].items():
+        lines.append(f"| {name} | {median_and_range([run[key] for run in runs], pattern)} |")
+    for key, name, pattern in (
+        ("total_seconds", "整個行程的秒數，從匯入到最後一個檔案", "{:.1f}"),
+        ("train_seconds", "其中訓練的秒數", "{:.1f}"),
+        ("peak_mb", "記憶體最大用量 (MB)", "{:.0f}"),
+    ):
+        lines.append(f"| {name} | {median_and_range([run[key] for run in runs], pattern)} |")
+    for key, (name, pattern) in RESULTS[lesson].items():
+        values = [run[key] for run in runs]
+        each = "、".join(pattern.format(value) for value in values)
+        lines += [
+            "",
+            f"{name}，{len(values)} 個種子的平均 {pattern.format(statistics.mean(values))}。每個種子：{each}。",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} 個 CPU 核心、沒有 GPU，CPython {platform.python_version()}"
+
+
+def trial_rows(lesson: str) -> list[tuple[str, str]]:
+    """README 試驗表每一列的 (說明, 旗標)；旗標寫在第二欄的反引號裡。"""
+    table = block((ROOT / lesson / "README.md").read_text(encoding="utf-8"), "trials")
+    return re.findall(r"^\| ([^|]+) \| `([^`|]*)` \|", table, re.MULTILINE)
+
+
+def trials_table(lesson: str, rows: list[tuple[str, str]], record: dict) -> str:
+    names = [name for name, _ in RESULTS[lesson].values()]
+    header = ["試驗", "旗標", *(column for name in names for column in (f"{name}：平均", "最差的種子"))]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for name, flags in rows:
+        cells = []
+        for key, (_, pattern) in RESULTS[lesson].items():
+            values = [run[key] for run in record[flags]]
+            cells += [pattern.format(statistics.mean(values)), pattern.format(min(values))]
+        lines.append(f"| {name} | `{flags}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_json(path: Path, record) -> None:
+    path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def benchmark_results(lesson: str, write: bool) -> None:
+    record = {"machine": machine(), "runs": run_seeds(lesson)}
+    table = results_table(lesson, record)
+    print(f"{lesson}\n\n{table}")
+    if write:
+        write_json(ROOT / lesson / "figures" / "results.json", record)
+        replace_block(ROOT / lesson / "README.md", "results", table)
+        replace_block(ROOT / lesson / "README.md", "config", config_table(lesson))
+        with tempfile.TemporaryDirectory() as folder:  # 圖用預設的隨機種子
+            run_once(lesson, "", Path(folder))
+            copy_figures(lesson, Path(folder))
+
+
+def copy_figures(lesson: str, out_dir: Path) -> None:
+    """README 有用到的圖才收進 figures/。"""
+    readme = (ROOT / lesson / "README.md").read_text(encoding="utf-8")
+    for figure in [*out_dir.glob("*.png"), *out_dir.glob("*.gif")]:
+        if f"figures/{figure.name}" in readme:
+            shutil.copy(figure, ROOT / lesson / "figures" / figure.name)
+
+
+def benchmark_compare(lesson: str, write: bool) -> None:
+    if not hasattr(load(lesson), "compare"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(script(lesson)), "--compare", "--out-dir", folder]
+        subprocess.run(command, check=True)
+        if write:
+            rows = metrics(Path(folder))["comparison"]
+            write_json(ROOT / lesson / "figures" / "comparison.json", rows)
+            replace_block(ROOT / lesson / "README.md", "comparison", load(lesson).comparison_table(rows))
+            copy_figures(lesson, Path(folder))
+
+
+def benchmark_trials(lesson: str, write: bool) -> None:
+    """每一列試驗跑種子 0 到 9，兩個行程同時跑：只看結果，不看時間。"""
+    rows, path = trial_rows(lesson), ROOT / lesson / "figures" / "trials.json"
+    record = {}
+    for name, flags in rows:
+        record[flags] = [
+            {key: run[key] for key in ("seed", *RESULTS[lesson])} for run in run_seeds(lesson, flags, workers=2)
+        ]
+        print(name, flags, record[flags], flush=True)
+    table = trials_table(lesson, rows, record)
+    print(table)
+    if write:
+        write_json(path, record)
+        replace_block(ROOT / lesson / "README.md", "trials", table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lesson", nargs="?", choices=LESSONS, help="哪一課")
+    parser.add_argument("--all", action="store_true", help="每一課的結果、比較與試驗")
+    parser.add_argument("--compare", action="store_true", help="更新比較圖與比較表")
+    parser.add_argument("--trials", action="store_true", help="更新試驗表")
+    parser.add_argument("--write", action="store_true", help="寫進 figures/ 與 README")
+    arguments = parser.parse_args()
+    if not arguments.all and arguments.lesson is None:
+        parser.error("要給一課的資料夾名，或 --all")
+    for lesson in LESSONS if arguments.all else [arguments.lesson]:
+        if arguments.all or not (arguments.compare or arguments.trials):
+            benchmark_results(lesson, arguments.write)
+        if arguments.all or arguments.compare:
+            benchmark_compare(lesson, arguments.write)
+        if arguments.all or arguments.trials:
+            benchmark_trials(lesson, arguments.write)
+
+
+if __name__ == "__main__":
+    main()

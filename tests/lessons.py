@@ -1,0 +1,130 @@
+"""測試與 benchmark.py 共用：找到每一課、載入腳本、像使用者一樣在子行程裡執行。"""
+
+import ast
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted(folder.name for folder in ROOT.glob("[0-9]_*") if folder.is_dir())
+READMES = [ROOT / "README.md", *(ROOT / lesson / "README.md" for lesson in LESSONS)]
+
+# 每一課：幾秒就結束的旗標；合起來用到每一個旗標的幾組短跑；錯的值；README 的結果表列出的數字。
+SHORT = {
+    "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
+}
+EVERY_FLAG = {
+    "3_Pendulum": [
+        "--algorithm ppo_kl --beta 0.5 --no-normalize-advantages --no-normalize-observations --reward-scale 1 "
+        "--no-orthogonal-init --sigma-bias 0 --hidden-size 16 --no-anneal-learning-rate --max-grad-norm inf "
+        "--actor-learning-rate 3e-4 --critic-learning-rate 3e-3 --gamma 0.9 --gae-lambda 0.9 --clip-epsilon 0.1 "
+        "--seed 7 --num-steps 50 --num-envs 3 --minibatch-size 40 --train-epochs 3 --total-steps 700",
+        "--algorithm reinforce --num-envs 2 --total-steps 800",
+        "--algorithm reinforce_baseline --num-envs 2 --total-steps 800",
+        "--algorithm actor_critic --num-envs 2 --total-steps 800",
+        "--algorithm ppo_unclipped --num-envs 2 --total-steps 800",
+    ],
+}
+WRONG = {
+    "3_Pendulum": [
+        "--seed abc",
+        "--no-such-flag 1",
+        "--algorithm sarsa",
+        "--minibatch-size 0",
+        "--minibatch-size 5000",
+        "--total-steps 100",
+        "--gamma 1.5",
+        "--actor-learning-rate nan",
+        "--algorithm reinforce --num-steps 128",
+        "--watch no-such-file.npz",
+    ],
+}
+RESULTS = {
+    "3_Pendulum": {"eval_mean": ("評估 100 回合的平均回報", "{:.1f}")},
+}
+HIGHER_IS_BETTER = {"eval_mean": True}
+
+
+def script(lesson: str) -> Path:
+    """這一課唯一的腳本。"""
+    (path,) = (ROOT / lesson).glob("*.py")
+    return path
+
+
+@functools.cache
+def load(lesson: str) -> ModuleType:
+    """資料夾名以數字開頭，不能用 import 陳述式；照路徑載入。"""
+    path = script(lesson)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment() -> dict[str, str]:
+    """子行程的環境：任何網路連線都讓行程立刻以狀態 97 結束 (見 no_network/sitecustomize.py)。"""
+    return os.environ | {"PYTHONPATH": str(ROOT / "tests" / "no_network"), "PYTHONUTF8": "1"}
+
+
+def run(lesson: str, flags: str | list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    """像使用者一樣執行一課；工作目錄是 cwd，不是專案的根目錄。"""
+    arguments = flags.split() if isinstance(flags, str) else flags
+    command = [sys.executable, str(script(lesson)), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=timeout
+    )
+
+
+def metrics(out_dir: Path) -> dict:
+    return json.loads((out_dir / "metrics.json").read_text(encoding="utf-8"))
+
+
+def config_fields(lesson: str) -> list[tuple[str, str, str]]:
+    """Config 的每個欄位：(名字, 預設值, 說明)；說明是欄位下面的那一行字串。"""
+    module = load(lesson)
+    tree = ast.parse(script(lesson).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    fields = []
+    for field, doc in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            name = field.target.id
+            default = getattr(module.Config, name)
+            fields.append((name, show_default(default), doc.value.value))
+    return fields
+
+
+def show_default(value) -> str:
+    if isinstance(value, bool):
+        return "開" if value else "關"
+    if value is None:
+        return "無"
+    if isinstance(value, Path):
+        return value.relative_to(value.parent.parent).name + "/"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def block(text: str, name: str) -> str:
+    """README 裡 <!-- name:begin --> 與 <!-- name:end --> 之間的內容。"""
+    match = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, re.DOTALL)
+    if match is None:
+        raise ValueError(f"no block {name!r}")
+    return match[1]
+
+
+def replace_block(path: Path, name: str, content: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(block(text, name), content), encoding="utf-8")
+
+
+def config_table(lesson: str) -> str:
+    """README 的超參數表。"""
+    rows = [f"| `--{name.replace('_', '-')}` | {default} | {doc} |" for name, default, doc in config_fields(lesson)]
+    return "\n".join(["| 旗標 | 預設值 | 說明 |", "| --- | --- | --- |", *rows]) + "\n"

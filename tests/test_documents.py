@@ -1,0 +1,130 @@
+"""文件對照程式：連結、指令、超參數表與每一個結果數字。"""
+
+import json
+import re
+import shlex
+from urllib.parse import unquote
+
+import benchmark
+import pytest
+import tyro
+from lessons import LESSONS, READMES, ROOT, block, config_table, load
+
+READMES_BY_NAME = {str(path.relative_to(ROOT)): path for path in READMES}
+SETUP_COMMANDS = (
+    r"git clone \S+( \S+)?",
+    r"cd \S+",
+    r"python3 -m venv \.venv( && \.venv/bin/pip install -r requirements\.txt"
+    r" && \.venv/bin/python 3_Pendulum/pendulum\.py)?",
+    r"source \.venv/bin/activate",
+    r"(\.venv/bin/)?pip install -r requirements\.txt",
+    r"(\.venv/bin/)?pip install \"jax\[(cuda13|tpu)\]==[\d.]+\"",
+    r"(\.venv/bin/python|python) -m pytest",
+)
+
+
+def text_of(readme: str) -> str:
+    return READMES_BY_NAME[readme].read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub 替標題產生的錨點，加上手寫的 <a name="…">。"""
+    slugs, seen = set(re.findall(r'<a (?:name|id)="([^"]+)"', text)), {}
+    for title in re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE):
+        title = re.sub(r"<[^>]+>|[`*]|\[([^\]]*)\]\([^)]*\)", lambda match: match[1] or "", title)
+        slug = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+        seen[slug] = seen.get(slug, -1) + 1
+        slugs.add(slug if seen[slug] == 0 else f"{slug}-{seen[slug]}")
+    return slugs
+
+
+@pytest.mark.parametrize("readme", READMES_BY_NAME)
+def test_links_and_anchors_resolve(readme):
+    text = without_code(text_of(readme))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert targets
+    for target in targets:
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        file = (READMES_BY_NAME[readme].parent / path).resolve() if path else READMES_BY_NAME[readme]
+        assert file.exists(), f"{readme}: {target}"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{readme}: {target}"
+
+
+def commands(text: str) -> list[str]:
+    lines = [line for code in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in code.splitlines()]
+    stripped = [re.sub(r"\s+#.*$", "", line).strip() for line in lines]
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("readme", READMES_BY_NAME)
+def test_every_command_parses(readme):
+    assert commands(text_of(readme))
+    for command in commands(text_of(readme)):
+        if any(re.fullmatch(pattern, command) for pattern in SETUP_COMMANDS):
+            continue
+        program, path, *flags = shlex.split(command)
+        assert program in ("python", ".venv/bin/python"), command
+        if path == "tests/benchmark.py":
+            continue
+        lesson = path.split("/")[0] if "/" in path else READMES_BY_NAME[readme].parent.name
+        assert (ROOT / lesson / path.split("/")[-1]).is_file(), command
+        config = tyro.cli(load(lesson).Config, args=flags)
+        if config.watch is None:  # --watch 要的權重是執行之後才有的
+            load(lesson).check(config)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_flags_named_in_the_text_exist(lesson):
+    names = set(load(lesson).Config.__dataclass_fields__)
+    for word in re.findall(r"`(--[a-z][a-z-]*)", text_of(f"{lesson}/README.md")):
+        name = word.removeprefix("--").replace("-", "_")
+        assert name in names or name.removeprefix("no_") in names, f"{lesson}: {word}"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_config_table_equals_config(lesson):
+    assert block(text_of(f"{lesson}/README.md"), "config") == config_table(lesson)
+
+
+def recorded(lesson: str, name: str):
+    return json.loads((ROOT / lesson / "figures" / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_results_block_equals_the_recorded_runs(lesson):
+    record = recorded(lesson, "results.json")
+    assert [run["seed"] for run in record["runs"]] == list(benchmark.SEEDS)
+    assert block(text_of(f"{lesson}/README.md"), "results") == benchmark.results_table(lesson, record)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_comparison_block_equals_the_recorded_runs(lesson):
+    table = load(lesson).comparison_table(recorded(lesson, "comparison.json"))
+    assert block(text_of(f"{lesson}/README.md"), "comparison") == table
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_trials_block_equals_the_recorded_runs(lesson):
+    rows = benchmark.trial_rows(lesson)
+    table = benchmark.trials_table(lesson, rows, recorded(lesson, "trials.json"))
+    assert block(text_of(f"{lesson}/README.md"), "trials") == table
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_every_trial_parses(lesson):
+    for _, flags in benchmark.trial_rows(lesson):
+        load(lesson).check(tyro.cli(load(lesson).Config, args=flags.split()))
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_every_committed_figure_is_shown(lesson):
+    text = text_of(f"{lesson}/README.md")
+    for figure in (ROOT / lesson / "figures").iterdir():
+        assert figure.suffix == ".json" or f"figures/{figure.name}" in text, figure.name
