@@ -1,6 +1,11 @@
 """pytest 的設定：編譯讓第一個例子特別慢，所以 hypothesis 不限時間；例子固定，每次測一樣的。"""
 
+import os
+
 import hypothesis
+import lessons
+
+os.environ |= {key: value for key, value in lessons.environment().items() if key.startswith("JAX_")}
 
 hypothesis.settings.register_profile("lessons", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lessons")

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 
 import lessons
 import pytest
@@ -53,24 +54,37 @@ def test_every_flag_runs(lesson, tmp_path):
         assert metrics(out_dir)["seconds"]["total"] > 0
 
 
-def test_wrong_values_are_refused_in_one_line(lesson, tmp_path):
+def assert_refused(status: int, stdout: str, stderr: str, flags: str) -> None:
+    assert status == 2, flags
+    assert stdout == "", flags
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("錯誤："), stderr
+    assert "；" in stderr, stderr
+
+
+def test_wrong_values_are_refused_in_one_line(lesson, tmp_path, monkeypatch, capsys):
+    """在同一個行程裡呼叫 main，一種錯一次。"""
+    monkeypatch.chdir(tmp_path)
+    for flags in WRONG[lesson]:
+        monkeypatch.setattr(sys, "argv", [script(lesson).name, *flags.split(), "--out-dir", "out"])
+        with pytest.raises(SystemExit) as stopped:
+            load(lesson).main()
+        assert_refused(stopped.value.code, *capsys.readouterr(), flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--seed abc --out-dir out", "--seed -1 --out-dir out", "--out-dir a_file/out"])
+def test_wrong_values_are_refused_as_a_user_sees_it(lesson, flags, tmp_path):
     (tmp_path / "a_file").touch()
-    before = sorted(script(lesson).parent.rglob("outputs/*"))
-    cases = [f"{flags} --out-dir out" for flags in WRONG[lesson]] + ["--out-dir a_file/out"]
-    for flags in cases:
-        result = run(lesson, flags, tmp_path)
-        assert result.returncode == 2, flags
-        assert result.stdout == "", flags
-        assert len(result.stderr.splitlines()) == 1, result.stderr
-        assert result.stderr.startswith("錯誤："), result.stderr
-        assert "；" in result.stderr, result.stderr
+    result = run(lesson, flags, tmp_path)
+    assert_refused(result.returncode, result.stdout, result.stderr, flags)
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
-    assert sorted(script(lesson).parent.rglob("outputs/*")) == before
 
 
 def test_ctrl_c_keeps_what_was_learnt(lesson, tmp_path):
     """在終端機裡跑預設設定，看到進度之後按一次 Ctrl-C。"""
     terminal, child_side = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))  # 寬度是 0 的終端機，tqdm 什麼都不畫
     command = [sys.executable, str(script(lesson)), "--out-dir", str(tmp_path / "out")]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=lessons.environment(), stdout=subprocess.PIPE, stderr=child_side, encoding="utf-8"
