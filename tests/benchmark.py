@@ -3,8 +3,8 @@
 python tests/benchmark.py 3_Pendulum                   種子 0 到 9，印出來
 python tests/benchmark.py 3_Pendulum --write           並寫進 figures/results.json 與 README 的結果表
 python tests/benchmark.py 3_Pendulum --compare --write    跑 --compare，更新比較圖與比較表
-python tests/benchmark.py 3_Pendulum --trials --write     跑 README 試驗表的每一列，更新表中的數字
-python tests/benchmark.py --all --write                以上全部，每一課
+python tests/benchmark.py 3_Pendulum --trials --write     跑 README 試驗表裡還沒有紀錄的列，更新表中的數字
+python tests/benchmark.py --all --write                以上全部，每一課，試驗全部重跑
 """
 
 import argparse
@@ -21,7 +21,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from lessons import LESSONS, RESULTS, ROOT, block, config_table, load, metrics, replace_block, script
+from lessons import (
+    HIGHER_IS_BETTER,
+    LESSONS,
+    RESULTS,
+    ROOT,
+    block,
+    config_table,
+    defaults,
+    load,
+    metrics,
+    replace_block,
+    script,
+)
 
 SEEDS = range(10)
 
@@ -65,7 +77,7 @@ def results_table(lesson: str, record: dict) -> str:
     for key, (name, pattern) in RESULTS[lesson].items():
         lines.append(f"| {name} | {median_and_range([run[key] for run in runs], pattern)} |")
     for key, name, pattern in (
-        ("total_seconds", "整個行程的秒數，從匯入到最後一個檔案", "{:.1f}"),
+        ("total_seconds", "整個行程的秒數，從啟動到結束", "{:.1f}"),
         ("train_seconds", "其中訓練的秒數", "{:.1f}"),
         ("peak_mb", "記憶體最大用量 (MB)", "{:.0f}"),
     ):
@@ -98,8 +110,9 @@ def trials_table(lesson: str, rows: list[tuple[str, str]], record: dict) -> str:
     for name, flags in rows:
         cells = []
         for key, (_, pattern) in RESULTS[lesson].items():
-            values = [run[key] for run in record[flags]]
-            cells += [pattern.format(statistics.mean(values)), pattern.format(min(values))]
+            values = [run[key] for run in record["runs"][flags]]
+            worst = min(values) if HIGHER_IS_BETTER[key] else max(values)
+            cells += [pattern.format(statistics.mean(values)), pattern.format(worst)]
         lines.append(f"| {name} | `{flags}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -109,7 +122,7 @@ def write_json(path: Path, record) -> None:
 
 
 def benchmark_results(lesson: str, write: bool) -> None:
-    record = {"machine": machine(), "runs": run_seeds(lesson)}
+    record = {"machine": machine(), "defaults": defaults(lesson), "runs": run_seeds(lesson)}
     table = results_table(lesson, record)
     print(f"{lesson}\n\n{table}")
     if write:
@@ -137,20 +150,27 @@ def benchmark_compare(lesson: str, write: bool) -> None:
         subprocess.run(command, check=True)
         if write:
             rows = metrics(Path(folder))["comparison"]
-            write_json(ROOT / lesson / "figures" / "comparison.json", rows)
+            record = {"defaults": defaults(lesson), "rows": rows}
+            write_json(ROOT / lesson / "figures" / "comparison.json", record)
             replace_block(ROOT / lesson / "README.md", "comparison", load(lesson).comparison_table(rows))
             copy_figures(lesson, Path(folder))
 
 
-def benchmark_trials(lesson: str, write: bool) -> None:
-    """每一列試驗跑種子 0 到 9，兩個行程同時跑：只看結果，不看時間。"""
+def benchmark_trials(lesson: str, write: bool, again: bool) -> None:
+    """每一列試驗跑種子 0 到 9，兩個行程同時跑：只看結果，不看時間。做完一列存一列。"""
     rows, path = trial_rows(lesson), ROOT / lesson / "figures" / "trials.json"
-    record = {}
+    record = {"defaults": defaults(lesson), "runs": {}}
+    if path.exists() and not again:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old["defaults"] == record["defaults"]:  # 預設值變了，舊的紀錄就不算數
+            record["runs"] = {flags: old["runs"][flags] for _, flags in rows if flags in old["runs"]}
     for name, flags in rows:
-        record[flags] = [
-            {key: run[key] for key in ("seed", *RESULTS[lesson])} for run in run_seeds(lesson, flags, workers=2)
-        ]
-        print(name, flags, record[flags], flush=True)
+        if flags not in record["runs"]:
+            runs = run_seeds(lesson, flags, workers=2)
+            record["runs"][flags] = [{key: run[key] for key in ("seed", *RESULTS[lesson])} for run in runs]
+            print(name, flags, [list(run.values()) for run in record["runs"][flags]], flush=True)
+            if write:
+                write_json(path, record)
     table = trials_table(lesson, rows, record)
     print(table)
     if write:
@@ -158,23 +178,27 @@ def benchmark_trials(lesson: str, write: bool) -> None:
         replace_block(ROOT / lesson / "README.md", "trials", table)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lesson", nargs="?", choices=LESSONS, help="哪一課")
     parser.add_argument("--all", action="store_true", help="每一課的結果、比較與試驗")
     parser.add_argument("--compare", action="store_true", help="更新比較圖與比較表")
     parser.add_argument("--trials", action="store_true", help="更新試驗表")
     parser.add_argument("--write", action="store_true", help="寫進 figures/ 與 README")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     if not arguments.all and arguments.lesson is None:
-        parser.error("要給一課的資料夾名，或 --all")
+        make_parser().error("要給一課的資料夾名，或 --all")
     for lesson in LESSONS if arguments.all else [arguments.lesson]:
         if arguments.all or not (arguments.compare or arguments.trials):
             benchmark_results(lesson, arguments.write)
         if arguments.all or arguments.compare:
             benchmark_compare(lesson, arguments.write)
         if arguments.all or arguments.trials:
-            benchmark_trials(lesson, arguments.write)
+            benchmark_trials(lesson, arguments.write, again=arguments.all)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+import threading
 
 import hypothesis.strategies as st
 import jax
@@ -54,14 +56,13 @@ def test_the_worked_example_of_the_readme():
     assert advantages[3, 0] == pytest.approx(0.5)
 
 
-@given(hnp.arrays(np.float64, st.integers(1, 20), elements=finite), st.floats(0, 1), st.integers(1, 20))
-def test_reinforce_gives_every_step_the_whole_episode(rewards, gamma, length):
-    done = np.arange(1, len(rewards) + 1) % length == 0
-    scores = pendulum.episode_return(rewards[:, None], done[:, None], gamma)[:, 0]
-    for start in range(0, len(rewards), length):
-        episode = rewards[start : start + length]
-        expected = sum(gamma**k * reward for k, reward in enumerate(episode))
-        np.testing.assert_allclose(scores[start : start + length], expected, atol=1e-6)
+def test_reinforce_gives_every_step_the_whole_episode():
+    rewards = np.random.default_rng(0).normal(size=(400, 3))
+    scores = pendulum.episode_return(rewards, 0.9)
+    for episode, env in np.ndindex(2, 3):
+        steps = slice(200 * episode, 200 * episode + 200)
+        expected = sum(0.9**k * reward for k, reward in enumerate(rewards[steps, env]))
+        np.testing.assert_allclose(scores[steps, env], expected)
 
 
 RATIOS = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0]
@@ -150,10 +151,9 @@ def test_clear_empties_the_buffer():
 
 def test_each_rung_of_the_staircase_turns_one_switch():
     rungs = list(pendulum.ALGORITHMS.values())
-    switches = ("critic", "bootstrap", "reuse", "lock")
+    switches = ("critic", "gae", "reuse", "lock")
     for below, above in [*itertools.pairwise(rungs[:5]), (rungs[3], rungs[5])]:
         assert sum(getattr(below, name) != getattr(above, name) for name in switches) == 1
-    assert tuple(pendulum.ALGORITHMS) == pendulum.Config.__dataclass_fields__["algorithm"].type.__args__
 
 
 def flat(state):
@@ -166,12 +166,13 @@ def weights(module):
 
 def after_two_steps(algorithm, **changes):
     """同一批資料、同一個起點，更新兩次之後的智慧體 (第二次的比例已經不是 1)。"""
-    config = small_config(algorithm, actor_learning_rate=0.05, **changes)
+    config = small_config(algorithm, actor_learning_rate=0.05, num_envs=1, total_steps=200, **changes)
     agent, buffer, _ = collect_once(config)
     batch = buffer.calculate_advantages_and_returns(agent.critic, config)
     batch = batch._replace(old_policy=agent.actor(batch.states))
+    step = pendulum.nnx.jit(lambda agent, batch: agent.train_step(batch))
     for _ in range(2):
-        agent.train_step(batch)
+        step(agent, batch)
     return agent
 
 
@@ -182,7 +183,7 @@ def after_two_steps(algorithm, **changes):
         ("ppo_clip", {"clip_epsilon": 0.001}, True),
         ("ppo_clip", {"beta": 100.0}, False),
         ("ppo_kl", {"beta": 100.0}, True),
-        ("reinforce_baseline", {"gae_lambda": 0.0}, False),  # 沒有 bootstrap：λ 不起作用
+        ("reinforce_baseline", {"gae_lambda": 0.0}, False),  # 沒有 gae：λ 不起作用
         ("actor_critic", {"gae_lambda": 0.0}, True),
     ],
 )
@@ -201,25 +202,32 @@ def test_only_reinforce_has_no_critic():
 @pytest.mark.parametrize(("algorithm", "epochs"), [("actor_critic", 1), ("ppo_clip", 3)])
 def test_reuse_decides_how_often_the_data_is_learnt(algorithm, epochs):
     agent = pendulum.train(small_config(algorithm, train_epochs=3), progress=False).agent
-    assert agent.actor_optimizer.step[...] == epochs * (400 // 64)
+    assert agent.actor_optimizer.step[...] == epochs * (400 // 128)
 
 
-def test_without_a_lock_the_gradient_is_the_policy_gradient():
-    """ratio = 1 時，∇ 平均(ratio · A) = ∇ 平均(log π · A)，見 4.2。"""
-    config = small_config("actor_critic")
-    agent, buffer, _ = collect_once(config)
-    batch = buffer.calculate_advantages_and_returns(agent.critic, config)
-    actor = agent.actor
-
-    def surrogate(actor):
-        ratio = jnp.exp(actor(batch.states).log_prob(batch.actions) - batch.log_probs)
-        return jnp.mean(ratio * batch.advantages)
+@pytest.mark.parametrize("algorithm", pendulum.ALGORITHMS)
+def test_every_objective_starts_as_the_policy_gradient(algorithm):
+    """ratio = 1 時，每一種目標的梯度都是 平均(∇ log π · 分數)：鎖只管走多遠。見 4.2。"""
+    agent, buffer, _ = collect_once(small_config(algorithm, normalize_advantages=False))
+    batch = buffer.calculate_advantages_and_returns(agent.critic, small_config(algorithm))
+    batch = batch._replace(old_policy=agent.actor(batch.states))
 
     def policy_gradient(actor):
         return jnp.mean(actor(batch.states).log_prob(batch.actions) * batch.advantages)
 
-    gradients = [flat(pendulum.nnx.grad(f)(actor)) for f in (surrogate, policy_gradient)]
-    np.testing.assert_allclose(*gradients, rtol=1e-3, atol=1e-6)
+    objective = flat(pendulum.nnx.grad(lambda actor: agent.actor_objective(actor, batch))(agent.actor))
+    np.testing.assert_allclose(objective, flat(pendulum.nnx.grad(policy_gradient)(agent.actor)), rtol=1e-3, atol=1e-5)
+    assert np.abs(objective).max() > 0
+
+
+def test_an_update_raises_the_objective():
+    """正負號：更新之後，同一批資料上的目標要變大，評論家的誤差要變小。"""
+    agent, buffer, _ = collect_once(small_config("actor_critic"))
+    batch = buffer.calculate_advantages_and_returns(agent.critic, small_config("actor_critic"))
+    before = agent.actor_objective(agent.actor, batch), np.mean((agent.critic(batch.states) - batch.returns) ** 2)
+    agent.train_step(batch)
+    assert agent.actor_objective(agent.actor, batch) > before[0]
+    assert np.mean((agent.critic(batch.states) - batch.returns) ** 2) < before[1]
 
 
 def test_outside_share_counts_ratios_beyond_the_bounds():
@@ -237,6 +245,93 @@ def test_evaluation_starts_cover_every_cell_once():
     starts = pendulum.evaluation_starts()
     cells = np.floor((starts / [np.pi, 1.0] + 1) * 5).astype(int)
     assert sorted(map(tuple, cells)) == [(i, j) for i in range(10) for j in range(10)]
+
+
+def test_evaluation_plays_the_mean_action_from_those_starts():
+    """用單一環境重走三個回合，回報要和 evaluate 的同一個位置相同。"""
+    agent = pendulum.PPOAgent(small_config())
+    returns = pendulum.evaluate(agent)
+    assert returns.shape == (100,)
+    env = pendulum.gym.make("Pendulum-v1")
+    for i in (0, 37, 99):
+        env.reset(seed=1)
+        env.unwrapped.state = pendulum.evaluation_starts()[i]
+        state, total = env.unwrapped._get_obs(), 0.0
+        for _ in range(200):
+            state, reward, _, truncated, _ = env.step(np.asarray(agent.actor(state[None]).mean()))
+            total += reward
+        assert truncated
+        assert total == pytest.approx(returns[i], rel=1e-3)
+
+
+def test_gradient_variances_follow_the_definition(monkeypatch):
+    """回合各算各的梯度，再取變異數，與 NumPy 的定義相同；後四種演算法的分數一樣。"""
+    config = small_config(train_epochs=1, hidden_size=4)
+    variances = pendulum.gradient_variances(config, threading.Event(), rollouts=2)
+    agent = pendulum.train(
+        pendulum.replace(config, total_steps=config.total_steps // 4), threading.Event(), progress=False
+    ).agent
+    envs, buffer, rng = pendulum.make_envs(2), pendulum.RolloutBuffer(), np.random.default_rng(config.seed)
+    states, _ = envs.reset(seed=config.seed)
+    gradients = []
+    for _ in range(2):
+        states = pendulum.collect(agent, envs, states, buffer, config, rng)
+        batch = buffer.calculate_advantages_and_returns(agent.critic, small_config("reinforce"))
+        buffer.clear()
+        for env in range(2):
+
+            def episode(actor, batch=batch, env=env):
+                return jnp.mean(actor(batch.states[:, env]).log_prob(batch.actions[:, env]) * batch.advantages[:, env])
+
+            gradients.append(flat(pendulum.nnx.grad(episode)(agent.actor)))
+    assert variances["reinforce"] == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-3)
+    assert len({variances[name] for name in ("actor_critic", "ppo_unclipped", "ppo_clip", "ppo_kl")}) == 1
+    assert variances["reinforce"] > variances["reinforce_baseline"] > variances["actor_critic"] > 0
+
+
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["pendulum.py", *flags])
+    pendulum.main()
+
+
+TINY = ["--total-steps", "400", "--num-envs", "2", "--train-epochs", "1", "--hidden-size", "4"]
+
+
+def test_compare_leaves_figures_a_table_and_numbers(monkeypatch, tmp_path, capsys):
+    """每種演算法怎麼訓練另有測試；這裡只訓練一次，看 compare 怎麼收集、畫圖、存檔。"""
+    result = pendulum.train(small_config(train_epochs=1, hidden_size=4), progress=False)
+    monkeypatch.setattr(pendulum, "COMPARE_SEEDS", 2)
+    monkeypatch.setattr(pendulum, "train", lambda *args, **kwargs: result)
+    monkeypatch.setattr(pendulum, "evaluate", lambda agent: np.array([-100.0, -300.0]))
+    run_main(monkeypatch, "--compare", *TINY, "--out-dir", str(tmp_path))
+    rows = metrics(tmp_path)["comparison"]
+    assert list(rows) == [*pendulum.ALGORITHMS, "notes"]
+    assert all(row["eval_means"] == [-200.0, -200.0] and len(row["curves"]) == 2 for row in rows.values())
+    table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert table == pendulum.comparison_table(rows)
+    assert table in capsys.readouterr().out
+    for name in ("comparison.png", "notes_settings.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_an_interrupted_comparison_keeps_what_is_done(monkeypatch, tmp_path, capsys):
+    """第三次訓練時按下 Ctrl-C：前兩種演算法的結果留著。"""
+    result, stop, calls = pendulum.train(small_config(train_epochs=1), progress=False), threading.Event(), []
+
+    def train(config, stop, progress=True):
+        calls.append(config.algorithm)
+        if len(calls) == 4:  # 第一次是 gradient_variances 的
+            stop.set()
+        return result
+
+    monkeypatch.setattr(pendulum, "stop_on_ctrl_c", lambda: stop)
+    monkeypatch.setattr(pendulum, "train", train)
+    monkeypatch.setattr(pendulum, "evaluate", lambda agent: np.array([-100.0]))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, "--compare", *TINY, "--out-dir", str(tmp_path))
+    assert stopped.value.code == 130
+    assert list(metrics(tmp_path)["comparison"]) == ["reinforce", "reinforce_baseline"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("已中斷：完成 2 次訓練")
 
 
 def test_weights_survive_saving_and_loading(tmp_path):
@@ -259,7 +354,7 @@ def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("達標：")
     recorded = metrics(tmp_path / "out")
-    assert recorded["eval_mean"] >= -200
+    assert recorded["eval_mean"] >= pendulum.TARGET_RETURN
     assert recorded["eval_mean"] == pytest.approx(np.mean(recorded["eval_returns"]))
     assert len(recorded["eval_returns"]) == 100
     assert recorded["env_steps"] <= 100_000
