@@ -1,0 +1,384 @@
+"""第 2 課的數學對照獨立的算法，以及完整的預設執行。"""
+
+import collections
+import json
+import threading
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+from lessons import load, metrics, run
+
+dqn = load("2_Cart_Pole_DQN")
+finite = st.floats(-100, 100, width=32)
+
+
+def small_config(**changes):
+    """整個測試檔用同一種形狀的網路與批次，才不會一直重新編譯。"""
+    small = {"num_envs": 3, "learning_starts": 200, "train_every": 100, "hidden_size": 8}
+    small |= {"updates_per_train": 5, "batch_size": 16, "buffer_size": 400, "total_steps": 600}
+    return dqn.Config(**(small | changes))
+
+
+def flat(state):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state)])
+
+
+def weights(network):
+    return flat(dqn.nnx.state(network))
+
+
+def random_batch(size=16, seed=0):
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(2, size, 4)).astype(np.float32)
+    actions = rng.integers(2, size=size).astype(np.int32)
+    terminated = rng.integers(2, size=size).astype(np.float32)
+    return dqn.Transition(states[0], actions, np.ones(size, np.float32), states[1], terminated)
+
+
+def column(buffer, name):
+    """存進去的那幾筆 (還沒繞回來時)。"""
+    return getattr(buffer.data, name)[: len(buffer)]
+
+
+# TD 目標與損失
+
+
+@given(hnp.arrays(np.float64, (6, 3), elements=finite), hnp.arrays(bool, (2, 6)), st.floats(0, 1))
+def test_td_target_equals_the_definition_written_out(next_q, ends, gamma):
+    """終止不自助，截斷自助：目標只看終止。"""
+    terminated, truncated = ends
+    rewards = np.arange(6.0)
+    targets = dqn.td_target(rewards, terminated, next_q, gamma)
+    for i in range(6):
+        expected = rewards[i]
+        if not terminated[i]:  # 被截斷的那一步 (truncated[i]) 也在這裡：照樣自助
+            best = next_q[i][0]
+            for value in next_q[i]:
+                best = max(best, value)
+            expected += gamma * best
+        assert targets[i] == pytest.approx(expected), f"truncated: {truncated[i]}"
+
+
+def test_the_worked_example_of_the_readme():
+    rewards, next_q = np.ones(3), np.array([[50.0, 40.0], [50.0, 40.0], [30.0, 60.0]])
+    targets = dqn.td_target(rewards, np.array([0, 1, 0]), next_q, 0.99)
+    np.testing.assert_allclose(targets, [50.5, 1.0, 60.4])
+
+
+def test_training_stores_terminations_only():
+    """撐到 500 步被截斷的那一步，不算終止。"""
+    config = small_config(buffer_size=5_000)
+    envs, buffer = dqn.make_envs(1), dqn.ReplayBuffer(5_000)
+    states, _ = envs.reset(seed=0)
+
+    class Balancer(dqn.DQNAgent):
+        def select_action(self, frozen, states, epsilon, rng):
+            return (states[:, 2] + 0.5 * states[:, 3] + 0.1 * states[:, 0] + 0.2 * states[:, 1] > 0).astype(int)
+
+    rng = np.random.default_rng(0)
+    dqn.collect(Balancer(config), envs, states, np.zeros(1, bool), buffer, 501, config, rng)
+    assert list(envs.return_queue) == [500.0]
+    assert not column(buffer, "terminated").any()
+    gap = np.abs(column(buffer, "next_state")[:-1] - column(buffer, "state")[1:]).max(axis=1)
+    assert list(np.flatnonzero(gap > 1e-6)) == [499]  # 第 500 步之後換了回合；重置的那一步沒有存
+
+
+@pytest.mark.parametrize(("target_network", "double"), [(True, False), (False, False), (True, True)])
+def test_train_step_follows_the_gradient_of_its_loss(target_network, double):
+    """用一步 SGD 的位移得到梯度，對照有限差分；目標由獨立的 NumPy 程式算出。"""
+    config = small_config(target_network=target_network, double=double, seed=3)
+    agent, batch = dqn.DQNAgent(config), random_batch()
+    agent.target_network = dqn.new_network(8, dqn.observation_scale(config), np.uint32(9))
+    agent.optimizer = dqn.nnx.Optimizer(agent.online_network, dqn.optax.sgd(1.0), wrt=dqn.nnx.Param)
+    structure, before = dqn.nnx.split(agent.online_network)
+
+    next_network = agent.target_network if target_network else agent.online_network
+    next_q, online_q = np.asarray(next_network(batch.next_state)), np.asarray(agent.online_network(batch.next_state))
+    choice = online_q if double else next_q
+    best = np.array([row[np.argmax(by)] for row, by in zip(next_q, choice, strict=True)])
+    targets = batch.reward + config.gamma * np.where(batch.terminated, 0.0, best)
+    leaves, tree = jax.tree.flatten(before)
+
+    @jax.jit
+    def loss(vector):
+        pieces = jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])
+        state = jax.tree.unflatten(tree, [p.reshape(x.shape) for p, x in zip(pieces, leaves, strict=True)])
+        q = dqn.nnx.merge(structure, state)(batch.state)
+        return jnp.mean((q[jnp.arange(16), batch.action] - targets) ** 2)
+
+    vector = flat(before)
+    reported, _ = agent.train_step(batch)
+    assert reported == pytest.approx(float(loss(vector)), rel=1e-5)
+    gradient = vector - weights(agent.online_network)
+    for seed in range(3):
+        direction = np.random.default_rng(seed).normal(size=vector.shape)
+        direction /= np.linalg.norm(direction)
+        slope = (float(loss(vector + 1e-2 * direction)) - float(loss(vector - 1e-2 * direction))) / 2e-2
+        assert gradient @ direction == pytest.approx(slope, rel=0.02, abs=2e-3)
+
+
+def test_loss_reports_the_largest_absolute_q():
+    network, batch = dqn.DQNAgent(small_config()).online_network, random_batch()
+    _, largest = dqn.dqn_loss(network, batch, jnp.zeros(16))
+    assert largest == pytest.approx(np.abs(np.asarray(network(batch.state))).max())
+
+
+# 目標網路
+
+
+def test_synchronising_copies_and_does_not_alias():
+    agent = dqn.DQNAgent(small_config())
+    np.testing.assert_array_equal(weights(agent.online_network), weights(agent.target_network))
+    first = weights(agent.target_network)
+    agent.train_step(random_batch())
+    np.testing.assert_array_equal(weights(agent.target_network), first)  # 訓練線上網路，目標網路不動
+    assert not np.array_equal(weights(agent.online_network), first)
+    agent.sync_target_network()
+    second = weights(agent.online_network)
+    np.testing.assert_array_equal(weights(agent.target_network), second)
+    agent.train_step(random_batch(seed=1))
+    np.testing.assert_array_equal(weights(agent.target_network), second)
+    assert not np.array_equal(weights(agent.online_network), second)
+
+
+def test_one_compiled_round_equals_its_updates_one_by_one():
+    config = small_config()
+    together, alone = dqn.DQNAgent(config), dqn.DQNAgent(config)
+    batches = [random_batch(seed=i) for i in range(5)]
+    losses, largest = dqn.learn(together, dqn.Transition(*map(np.stack, zip(*batches, strict=True))))
+    expected = [alone.train_step(batch) for batch in batches]
+    np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-4)
+    np.testing.assert_allclose(largest, [q for _, q in expected], rtol=1e-4)
+    np.testing.assert_allclose(weights(together.online_network), weights(alone.online_network), atol=1e-5)
+
+
+@pytest.mark.parametrize("sync_every", [1, 3, 4])
+def test_the_target_is_synchronised_every_few_rounds(sync_every):
+    agent = dqn.train(small_config(sync_every=sync_every, early_stop=False), progress=False).agent
+    same = np.array_equal(weights(agent.online_network), weights(agent.target_network))
+    assert agent.optimizer.step[...] == 5 * 5  # 第 200、300、400、500、600 步各一輪，每輪 5 次更新
+    assert same == (5 % sync_every == 0)
+
+
+# 回放緩衝區
+
+
+@given(st.integers(1, 9), st.lists(st.integers(0, 9), max_size=12), st.integers(0, 100))
+def test_replay_buffer_is_a_deque_with_a_maximum_length(capacity, counts, seed):
+    buffer, model, made = dqn.ReplayBuffer(capacity), collections.deque(maxlen=capacity), 0
+    for count in counts:
+        count = min(count, capacity)
+        numbers = np.arange(made, made + count)
+        made += count
+        buffer.add(
+            dqn.Transition(
+                numbers[:, None] * np.ones(4), numbers % 2, numbers, -numbers[:, None] * np.ones(4), numbers % 3
+            )
+        )
+        model.extend(numbers)
+        assert len(buffer) == len(model)
+        assert sorted(column(buffer, "reward")) == sorted(model)
+        assert buffer.added == made
+    if not model:
+        return
+    batch = buffer.sample((40, 5), np.random.default_rng(seed))
+    assert batch.state.shape == (40, 5, 4)
+    assert set(batch.reward.ravel()) <= set(model)  # 只抽得到存過、還沒被蓋掉的
+    np.testing.assert_array_equal(batch.state[..., 0], batch.reward)  # 每筆經驗的欄位沒有錯開
+    np.testing.assert_array_equal(batch.next_state[..., 3], -batch.reward)
+    np.testing.assert_array_equal(batch.action, batch.reward % 2)
+    np.testing.assert_array_equal(batch.terminated, batch.reward % 3)
+    ordered = buffer.in_order(model[0], (len(model),))
+    np.testing.assert_array_equal(ordered.reward, list(model))
+
+
+def test_sampling_reaches_every_transition():
+    buffer = dqn.ReplayBuffer(20)
+    numbers = np.arange(20)
+    buffer.add(dqn.Transition(np.zeros((20, 4)), numbers, numbers, np.zeros((20, 4)), numbers))
+    drawn = buffer.sample((1000,), np.random.default_rng(0)).action
+    assert np.bincount(drawn, minlength=20).min() > 25
+
+
+def test_without_replay_every_step_is_learnt_once_and_in_order(monkeypatch):
+    config = small_config(replay=False, early_stop=False)
+    seen, buffers = [], []
+    original = dqn.next_batches
+
+    def record(buffer, train_at, config, rng):
+        batches = original(buffer, train_at, config, rng)
+        seen.append(batches.state.reshape(-1, 4))
+        buffers.append(buffer)
+        return batches
+
+    monkeypatch.setattr(dqn, "next_batches", record)
+    monkeypatch.setattr(dqn, "learn", lambda agent, batches: (np.zeros(5), np.zeros(5)))
+    config = dqn.replace(config, buffer_size=5_000)
+    dqn.train(config, progress=False)
+    learnt = np.concatenate(seen)
+    np.testing.assert_array_equal(learnt, buffers[0].data.state[100 : 100 + len(learnt)])
+    assert len(learnt) == 5 * config.train_every
+
+
+# 收集
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_no_step_after_a_reset_enters_the_buffer(num_envs):
+    """每一筆都用單一環境從同一個狀態重走一遍：下一個觀測、獎勵與終止都要相同。"""
+    config = small_config(num_envs=num_envs, buffer_size=1_000)
+    envs, buffer = dqn.make_envs(num_envs), dqn.ReplayBuffer(1_000)
+    states, _ = envs.reset(seed=0)
+    agent, rng = dqn.DQNAgent(config), np.random.default_rng(0)
+    resetting = np.zeros(num_envs, bool)
+    for until in (150, 151, 300):  # 分幾次收集，接縫上也不能錯
+        states, resetting = dqn.collect(agent, envs, states, resetting, buffer, until, config, rng)
+    assert 300 <= buffer.added < 300 + num_envs
+    env = dqn.gym.make("CartPole-v1").unwrapped
+    env.reset(seed=0)
+    for i in range(len(buffer)):
+        env.state, env.steps_beyond_terminated = column(buffer, "state")[i].astype(float), None
+        observation, reward, terminated, *_ = env.step(int(column(buffer, "action")[i]))
+        np.testing.assert_allclose(observation, column(buffer, "next_state")[i], atol=1e-5)
+        assert reward == column(buffer, "reward")[i] == 1
+        assert terminated == column(buffer, "terminated")[i]
+    assert column(buffer, "terminated").sum() >= 3  # 真的經過了幾次重置
+
+
+def test_epsilon_goes_from_one_to_its_end_and_stays():
+    config = dqn.Config(epsilon_end=0.05, epsilon_steps=10_000)
+    steps = (0, 2_500, 5_000, 10_000, 10_001, 99_999)
+    values = [dqn.epsilon_at(step, config) for step in steps]
+    assert values == pytest.approx([1.0, 0.7625, 0.525, 0.05, 0.05, 0.05])
+
+
+@given(st.floats(0, 1), st.integers(1, 10**6), st.integers(0, 10**7))
+def test_epsilon_never_leaves_its_bounds(end, length, step):
+    config = dqn.Config(epsilon_end=end, epsilon_steps=length)
+    assert end - 1e-12 <= dqn.epsilon_at(step, config) <= 1 + 1e-12
+
+
+def test_select_action_explores_with_probability_epsilon():
+    agent, rng = dqn.DQNAgent(small_config()), np.random.default_rng(0)
+    states = rng.normal(size=(4000, 4)).astype(np.float32)
+    best = np.asarray(agent.online_network(states)).argmax(axis=1)
+    for epsilon in (0.0, 0.5, 1.0):
+        actions = agent.select_action(agent.freeze(), states, epsilon, rng)
+        assert set(actions) <= {0, 1}
+        assert np.mean(actions != best) == pytest.approx(epsilon / 2, abs=0.03)
+
+
+# 評估與整個流程
+
+
+@given(st.integers(1, 499), st.floats(0, 0.999))
+@settings(max_examples=30)
+def test_discounted_return_is_the_sum_of_its_rewards(length, gamma):
+    expected = sum(gamma**k for k in range(length))
+    assert dqn.discounted_return(np.array([length]), gamma)[0] == pytest.approx(expected)
+    assert dqn.discounted_return(np.array([500]), gamma)[0] == pytest.approx(1 / (1 - gamma))
+
+
+def test_evaluation_counts_one_episode_of_each_copy():
+    """對照單一環境：同一個起點、同一個貪婪策略，一個回合走幾步。"""
+    agent = dqn.DQNAgent(small_config(seed=1))
+    returns, start_q = dqn.evaluate(agent, seed=5)
+    states, _ = dqn.make_envs(100).reset(seed=5)
+    np.testing.assert_allclose(start_q, np.asarray(agent.online_network(states)).max(axis=1), rtol=1e-5)
+    frozen, env = agent.freeze(), dqn.gym.make("CartPole-v1").unwrapped
+    for i in range(5):
+        env.reset(seed=0)
+        env.state, state, steps, done = states[i].astype(float), states[i], 0, False
+        while not done and steps < 500:
+            action = int(np.asarray(dqn.q_values(*frozen, state[None])).argmax())
+            state, _, done, *_ = env.step(action)
+            steps += 1
+        assert returns[i] == steps
+
+
+def test_training_stops_when_every_episode_of_the_check_is_perfect(monkeypatch):
+    monkeypatch.setattr(dqn, "CHECK_EVERY", 100)
+    monkeypatch.setattr(dqn, "CHECK_GATE", 1.0)
+    used = []
+
+    def fake_evaluate(agent, seed):
+        used.append((seed, weights(agent.online_network)))
+        return np.full(100, 500.0 if len(used) == 4 else 499.9), None
+
+    monkeypatch.setattr(dqn, "evaluate", fake_evaluate)
+    result = dqn.train(small_config(seed=7), progress=False)
+    assert result.criterion_met
+    assert not result.interrupted
+    assert [mean for _, mean in result.checks] == pytest.approx([499.9, 499.9, 499.9, 500.0])
+    assert 400 <= result.env_steps < 600
+    assert {seed for seed, _ in used} == {dqn.CHECK_SEED + 7}  # 與評估的起點 (EVAL_SEED) 不同
+    np.testing.assert_array_equal(used[-1][1], weights(result.agent.online_network))  # 回傳的就是檢查過的權重
+    used.clear()
+    assert not dqn.train(small_config(early_stop=False), progress=False).checks
+
+
+def test_a_stop_request_ends_training_between_two_rounds():
+    stop = threading.Event()
+    stop.set()
+    result = dqn.train(small_config(), stop, progress=False)
+    assert result.interrupted
+    assert result.env_steps == 0
+
+
+def test_compare_is_reproducible_from_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(dqn, "COMPARE_SEEDS", 2)
+    monkeypatch.setattr(dqn, "CURVE_EVERY", 200)
+    monkeypatch.setattr(dqn, "learn", lambda agent, batches: (np.ones(5), np.ones(5)))  # 每一種都編譯太久
+    rows = dqn.compare(small_config(), threading.Event())
+    assert list(rows) == list(dqn.VARIANTS)
+    assert all(len(row["eval_means"]) == 2 for row in rows.values())
+    again = json.loads(json.dumps(rows))
+    assert again == rows
+    table = dqn.comparison_table(again)
+    assert table.count("\n") == 2 + len(dqn.VARIANTS)
+    assert "nan" not in table
+    dqn.draw_comparison(again, tmp_path)
+    assert (tmp_path / "comparison.png").stat().st_size > 0
+
+
+def test_weights_survive_saving_and_loading(tmp_path):
+    agent, other = dqn.DQNAgent(small_config(seed=1)), dqn.DQNAgent(small_config(seed=2))
+    dqn.save_weights(agent, tmp_path / "weights.npz")
+    assert not np.array_equal(weights(agent.online_network), weights(other.online_network))
+    dqn.load_weights(other, tmp_path / "weights.npz")
+    assert np.array_equal(weights(agent.online_network), weights(other.online_network))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    result = run("2_Cart_Pole_DQN", "--learning-rate 1e30 --total-steps 1200 --out-dir out", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("錯誤：第 ")
+    assert result.stderr.endswith(" 步的損失不是有限的數；把學習率調小再試\n")
+
+
+def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
+    result = run("2_Cart_Pole_DQN", "--out-dir out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(("達到停止條件：", "用完步數的預算："))
+    assert result.stdout.splitlines()[-2].startswith("達標：")
+    recorded = metrics(tmp_path / "out")
+    assert recorded["eval_mean"] >= 475
+    assert recorded["eval_mean"] == pytest.approx(np.mean(recorded["eval_returns"]))
+    assert len(recorded["eval_returns"]) == 100
+    assert recorded["env_steps"] < 100_000 + 16
+    files = {"learning_curve.png", "q_values.png", "agent.gif", "weights.npz", "metrics.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+
+    watched = run("2_Cart_Pole_DQN", "--watch out/weights.npz --out-dir watched", tmp_path)
+    assert watched.returncode == 0, watched.stderr
+    assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
+    (tmp_path / "broken.npz").write_bytes(b"not weights")
+    for flags in ("--watch broken.npz", "--watch out/weights.npz --hidden-size 32"):
+        refused = run("2_Cart_Pole_DQN", flags, tmp_path)
+        assert refused.returncode == 2, refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
