@@ -29,6 +29,7 @@ from lessons import (
     block,
     config_table,
     defaults,
+    environment,
     load,
     metrics,
     replace_block,
@@ -38,11 +39,11 @@ from lessons import (
 SEEDS = range(10)
 
 
-def run_once(lesson: str, flags: str, out_dir: Path) -> dict:
+def run_once(lesson: str, flags: str, out_dir: Path, env: dict[str, str] | None = None) -> dict:
     """一個完整的行程；時間從啟動算到結束，記憶體是作業系統記的最大值。"""
     command = [sys.executable, str(script(lesson)), *flags.split(), "--out-dir", str(out_dir)]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
@@ -58,9 +59,11 @@ def run_once(lesson: str, flags: str, out_dir: Path) -> dict:
     }
 
 
-def run_seeds(lesson: str, flags: str = "", seeds=SEEDS, workers: int = 1) -> list[dict]:
+def run_seeds(lesson: str, flags: str = "", workers: int = 1, env: dict[str, str] | None = None) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(run_once, lesson, f"{flags} --seed {seed}", Path(folder) / str(seed)) for seed in seeds]
+        jobs = [
+            pool.submit(run_once, lesson, f"{flags} --seed {seed}", Path(folder) / str(seed), env) for seed in SEEDS
+        ]
         return [job.result() for job in jobs]
 
 
@@ -157,7 +160,7 @@ def benchmark_compare(lesson: str, write: bool) -> None:
 
 
 def benchmark_trials(lesson: str, write: bool, again: bool) -> None:
-    """每一列試驗跑種子 0 到 9，兩個行程同時跑：只看結果，不看時間。做完一列存一列。"""
+    """每一列試驗跑種子 0 到 9，做完一列存一列。只看結果，不看時間：兩個行程同時跑，編譯過的程式共用。"""
     rows, path = trial_rows(lesson), ROOT / lesson / "figures" / "trials.json"
     record = {"defaults": defaults(lesson), "runs": {}}
     if path.exists() and not again:
@@ -166,7 +169,7 @@ def benchmark_trials(lesson: str, write: bool, again: bool) -> None:
             record["runs"] = {flags: old["runs"][flags] for _, flags in rows if flags in old["runs"]}
     for name, flags in rows:
         if flags not in record["runs"]:
-            runs = run_seeds(lesson, flags, workers=2)
+            runs = run_seeds(lesson, flags, workers=2, env=environment())
             record["runs"][flags] = [{key: run[key] for key in ("seed", *RESULTS[lesson])} for run in runs]
             print(name, flags, [list(run.values()) for run in record["runs"][flags]], flush=True)
             if write:

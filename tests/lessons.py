@@ -18,18 +18,63 @@ READMES = [ROOT / "README.md", *(ROOT / lesson / "README.md" for lesson in LESSO
 
 # 每一課：幾秒就結束的旗標；合起來用到每一個旗標的幾組短跑；錯的值；README 的結果表列出的數字。
 SHORT = {
+    "1_Q_Learning": "--episodes 300 --decay-episodes 150",
+    "2_Cart_Pole_DQN": "--total-steps 2000 --updates-per-train 16",
     "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
 }
 EVERY_FLAG = {
+    "1_Q_Learning": [
+        "--seed 7 --grid-size 3 --slip 0.1 --episodes 99 --max-steps 20 --alpha 0.5 --gamma 0.9 "
+        "--initial-q -5 --epsilon-start 0.5 --epsilon-end 0.1 --decay-episodes 50",
+        "--grid-size 2 --episodes 1 --gamma 1 --alpha 1 --slip 1",
+        "--grid-size 12 --episodes 200 --epsilon-start 0 --epsilon-end 0",
+    ],
+    "2_Cart_Pole_DQN": [
+        "--seed 7 --total-steps 1500 --num-envs 3 --buffer-size 300 --learning-starts 200 --train-every 100 "
+        "--updates-per-train 5 --batch-size 32 --sync-every 3 --learning-rate 3e-3 --gamma 0.9 --epsilon-end 0.1 "
+        "--epsilon-steps 500 --hidden-size 16 --no-normalize-observations --double --no-early-stop",
+        "--total-steps 1200 --no-replay --no-target-network",
+    ],
     "3_Pendulum": [
         "--algorithm ppo_kl --beta 0.5 --no-normalize-advantages --no-normalize-observations --reward-scale 1 "
-        "--sigma-bias 0 --hidden-size 16 --no-anneal-learning-rate --max-grad-norm inf "
+        "--sigma-bias 0 --hidden-size 16 --no-anneal-learning-rate --max-grad-norm 1e9 "
         "--actor-learning-rate 3e-4 --critic-learning-rate 3e-3 --gamma 0.9 --gae-lambda 0.9 --clip-epsilon 0.1 "
         "--seed 7 --num-steps 50 --num-envs 3 --minibatch-size 40 --train-epochs 3 --total-steps 700",
         "--algorithm reinforce --num-envs 2 --total-steps 800",
     ],
 }
 WRONG = {
+    "1_Q_Learning": [
+        "--seed abc",
+        "--no-such-flag 1",
+        "--seed -1",
+        "--grid-size 1",
+        "--grid-size 13",
+        "--grid-size 8 --max-steps 13",
+        "--slip 1.5",
+        "--episodes 0",
+        "--alpha nan",
+        "--gamma -0.1",
+        "--initial-q inf",
+        "--epsilon-start 2",
+        "--epsilon-end -1",
+        "--decay-episodes 0",
+    ],
+    "2_Cart_Pole_DQN": [
+        "--seed -1",
+        "--no-such-flag 1",
+        "--batch-size 0",
+        "--num-envs 0",
+        "--hidden-size wide",
+        "--gamma 1",
+        "--epsilon-end 1.5",
+        "--learning-rate nan",
+        "--total-steps 100",
+        "--buffer-size 100",
+        "--no-replay --updates-per-train 50",
+        "--no-replay --learning-starts 100",
+        "--watch no-such-file.npz",
+    ],
     "3_Pendulum": [
         "--seed abc",
         "--no-such-flag 1",
@@ -40,13 +85,28 @@ WRONG = {
         "--gamma 1.5",
         "--actor-learning-rate nan",
         "--algorithm reinforce --num-steps 128",
+        "--compare --num-steps 128",
+        "--compare --num-envs 1 --num-steps 200 --minibatch-size 201",
         "--watch no-such-file.npz",
     ],
 }
 RESULTS = {
+    "1_Q_Learning": {
+        "max_abs_error": ("與 Q* 的最大差距", "{:.1e}"),
+        "greedy_return": ("貪婪回報", "{:.1f}"),
+    },
+    "2_Cart_Pole_DQN": {
+        "eval_mean": ("評估 100 回合的平均回報", "{:.1f}"),
+        "env_steps": ("訓練走了幾步", "{:,.0f}"),
+    },
     "3_Pendulum": {"eval_mean": ("評估 100 回合的平均回報", "{:.1f}")},
 }
-HIGHER_IS_BETTER = {"eval_mean": True}
+HIGHER_IS_BETTER = {
+    "eval_mean": True,
+    "env_steps": False,
+    "max_abs_error": False,
+    "greedy_return": True,
+}  # 試驗表的「最差」往哪邊找
 
 
 def script(lesson: str) -> Path:
@@ -101,6 +161,11 @@ def config_fields(lesson: str) -> list[tuple[str, str, str]]:
             default = getattr(module.Config, name)
             fields.append((name, show_default(default), doc.value.value))
     return fields
+
+
+def defaults(lesson: str) -> dict[str, str]:
+    """預設值，不含 --out-dir；和紀錄一起存，預設值一變，測試就知道紀錄過期了。"""
+    return {name: default for name, default, _ in config_fields(lesson) if name != "out_dir"}
 
 
 def show_default(value) -> str:

@@ -1,6 +1,7 @@
 """每一課都要成立的事：像使用者一樣，在子行程裡、從別的工作目錄執行。"""
 
 import ast
+import functools
 import os
 import pty
 import select
@@ -23,6 +24,7 @@ SHARED_HELPERS = CORE_HELPERS | {"has_display", "save_gif", "save_weights", "loa
 pytestmark = pytest.mark.parametrize("lesson", LESSONS)
 
 
+@functools.cache
 def functions(lesson: str) -> dict[str, str]:
     text = script(lesson).read_text(encoding="utf-8")
     nodes = ast.parse(text).body
