@@ -150,7 +150,7 @@ def benchmark_compare(lesson: str, write: bool) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(script(lesson)), "--compare", "--out-dir", folder]
-        subprocess.run(command, check=True)
+        subprocess.run(command, env=environment(), check=True)
         if write:
             rows = metrics(Path(folder))["comparison"]
             record = {"defaults": defaults(lesson), "rows": rows}
