@@ -208,17 +208,17 @@ def td_update(q_table, state, action, reward, next_state, terminated, alpha, gam
     return td_error
 
 
-def play_episode(q_table, grid: GridWorld, epsilon: float, config: Config, uniform: Iterator[float]) -> float:
-    """從起點走一個回合，每走一步就學一步；回傳這個回合的回報 (獎勵的總和，不打折)。"""
+def play_episode(q_table, grid: GridWorld, epsilon: float, config: Config, uniform: Iterator[float]):
+    """從起點走一個回合，每走一步就學一步；回傳這個回合的回報 (獎勵的總和，不打折) 與步數。"""
     state, total = 0, 0.0
-    for _ in range(config.max_steps):
+    for step in range(1, config.max_steps + 1):
         action = select_action(q_table, state, epsilon, uniform)
         next_state, reward, terminated = grid.step(state, action, uniform)
         td_update(q_table, state, action, reward, next_state, terminated, config.alpha, config.gamma)
         state, total = next_state, total + reward
         if terminated:
-            break
-    return total
+            return total, step
+    return total, config.max_steps
 
 
 # 6. 訓練 ---------------------------------------------------------------------------------------------
@@ -229,6 +229,7 @@ class Result:
     q_table: np.ndarray  # (狀態, 動作)
     q_star: np.ndarray  # 價值迭代的精確解，同樣的形狀
     episodes: int  # 走完幾個回合
+    env_steps: int  # 一共走了幾步
     curve: list[tuple[int, float, float]]  # (回合, 這一段的平均回報, 與 Q* 的最大差距)
     spread: dict[int, np.ndarray]  # 第幾個回合之後 → 每個狀態的價值
     seconds: float
@@ -246,13 +247,15 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
     grid = GridWorld(config.grid_size, config.slip)
     q_table, q_star = make_q_table(grid, config.initial_q), value_iteration(grid, config.gamma)
     uniform = uniforms(np.random.default_rng(config.seed))
-    returns, curve, spread = [], [], {}
+    returns, env_steps, curve, spread = [], 0, [], {}
     every = max(1, config.episodes // CURVE_POINTS)
     with tqdm(total=config.episodes, desc="訓練", unit="回合", disable=None if progress else True) as bar:
         for episode in range(config.episodes):
             if stop and stop.is_set():
                 break
-            returns.append(play_episode(q_table, grid, epsilon_at(episode, config), config, uniform))
+            episode_return, steps = play_episode(q_table, grid, epsilon_at(episode, config), config, uniform)
+            returns.append(episode_return)
+            env_steps += steps
 
             done = len(returns)
             if done in SPREAD_EPISODES:
@@ -261,10 +264,8 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
                 curve.append((done, float(np.mean(returns[-every:])), max_abs_error(q_table, q_star)))
                 bar.set_postfix_str(f"平均回報 {curve[-1][1]:.0f}，與 Q* 的最大差距 {curve[-1][2]:.0e}")
                 bar.update(every)
-    seconds = time.perf_counter() - start
-    return Result(
-        np.array(q_table), q_star, len(returns), curve, spread, seconds, interrupted=len(returns) < config.episodes
-    )
+    seconds, interrupted = time.perf_counter() - start, len(returns) < config.episodes
+    return Result(np.array(q_table), q_star, len(returns), env_steps, curve, spread, seconds, interrupted)
 
 
 # 7. 評估 ---------------------------------------------------------------------------------------------
@@ -594,7 +595,8 @@ def main() -> None:
     draw_value_spread(result, config)
     draw_learning_curve(result, optimal_return, config)
     results = {"max_abs_error": error, "greedy_return": greedy_return, "optimal_return": optimal_return}
-    results |= {"episodes": result.episodes, "curve": result.curve, "q_table": result.q_table.tolist()}
+    results |= {"episodes": result.episodes, "env_steps": result.env_steps, "curve": result.curve}
+    results |= {"q_table": result.q_table.tolist(), "memory_bytes": {"parameters": result.q_table.nbytes}}
     save_metrics(config, result.seconds, device, **results)
     print(describe(result.q_table, config.grid_size))
     print(f"貪婪策略從起點走 {EVAL_EPISODES:,} 個回合的平均回報 {greedy_return:.1f}，最佳策略 {optimal_return:.1f}")

@@ -351,6 +351,7 @@ class Result:
     curve: list[tuple[int, float]]  # (步數, 最近 RECENT_EPISODES 個訓練回合的平均回報)
     checks: list[tuple[int, float]]  # (步數, 貪婪檢查的平均回報)
     largest_q: list[tuple[int, float]]  # (步數, 上一個點以來最大的 |Q|)
+    memory_bytes: dict[str, int]  # 訓練時要記住的東西，各佔幾個位元組
     seconds: float
     interrupted: bool  # 被 Ctrl-C 提早結束
 
@@ -373,6 +374,18 @@ def next_batches(buffer: ReplayBuffer, train_at: int, config: Config, rng: np.ra
     if config.replay:
         return buffer.sample((updates, config.batch_size), rng)
     return buffer.in_order(train_at - config.train_every, (updates, config.train_every // updates))
+
+
+def array_bytes(tree) -> int:
+    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
+
+
+def memory_bytes(agent: DQNAgent, buffer: ReplayBuffer) -> dict[str, int]:
+    """訓練時要記住的東西，各佔幾個位元組。"""
+    online, target = (array_bytes(nnx.state(net, nnx.Param)) for net in (agent.online_network, agent.target_network))
+    moments = array_bytes(nnx.state(agent.optimizer))
+    return {"parameters": online + target, "gradients": online, "moments": moments, "data": array_bytes(buffer.data)}
 
 
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True) -> Result:
@@ -426,8 +439,8 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
                 break
     envs.close()
     interrupted = not criterion_met and buffer.added < config.total_steps
-    seconds = time.perf_counter() - start
-    return Result(agent, buffer.added, criterion_met, curve, checks, largest_q, seconds, interrupted)
+    seconds, memory = time.perf_counter() - start, memory_bytes(agent, buffer)
+    return Result(agent, buffer.added, criterion_met, curve, checks, largest_q, memory, seconds, interrupted)
 
 
 # 7. 評估 ---------------------------------------------------------------------------------------------
@@ -734,7 +747,6 @@ def main() -> None:
     prepare_out_dir(config.out_dir)
     stop = stop_on_ctrl_c()
     plot_style()
-    has_display()
     device = {"platform": jax.default_backend(), "count": jax.device_count()}
     if config.watch:
         return watch(play, DQNAgent(config), config)
@@ -758,7 +770,7 @@ def main() -> None:
     save_weights(result.agent, config.out_dir / "weights.npz")
     results = {"env_steps": result.env_steps, "eval_returns": eval_returns.tolist(), "eval_mean": eval_mean}
     results |= {"solved": solved, "criterion_met": result.criterion_met, "curve": result.curve}
-    results |= {"checks": result.checks, "largest_q": result.largest_q}
+    results |= {"checks": result.checks, "largest_q": result.largest_q, "memory_bytes": result.memory_bytes}
     save_metrics(config, result.seconds, device, **results)
     if result.criterion_met:
         print(f"達到停止條件：第 {result.env_steps} 步的貪婪檢查，{EVAL_EPISODES} 個回合全部滿分")

@@ -491,6 +491,7 @@ class Result:
     env_steps: int
     curve: list[tuple[int, float]]  # (步數, 最近 num_envs 個回合的平均回報)
     outside_shares: list[float]  # 每個學習階段之後，比例在界線之外的樣本比率
+    memory_bytes: dict[str, int]  # 訓練時要記住的東西，各佔幾個位元組
     seconds: float
     interrupted: bool  # 被 Ctrl-C 提早結束
 
@@ -507,6 +508,18 @@ def collect(agent, envs, states, buffer, config, rng) -> np.ndarray:
     return states
 
 
+def array_bytes(tree) -> int:
+    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
+
+
+def memory_bytes(agent: PPOAgent, batch: Batch) -> dict[str, int]:
+    """訓練時要記住的東西，各佔幾個位元組。"""
+    parameters = array_bytes(nnx.state((agent.actor, agent.critic), nnx.Param))
+    moments = array_bytes(nnx.state((agent.actor_optimizer, agent.critic_optimizer)))
+    return {"parameters": parameters, "gradients": parameters, "moments": moments, "data": array_bytes(batch)}
+
+
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True) -> Result:
     """照 config 訓練一個智慧體；stop 被設定時，停在兩次收集之間。
 
@@ -517,7 +530,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
     rng = np.random.default_rng(config.seed)
     agent, buffer, envs = PPOAgent(config), RolloutBuffer(), make_envs(config.num_envs)
     states, _ = envs.reset(seed=config.seed)
-    curve, outside_shares, env_steps = [], [], 0
+    curve, outside_shares, env_steps, batch = [], [], 0, None
 
     rollout, minibatch = config.rollout_size, config.minibatch_size
     epochs = config.updates_per_rollout // (rollout // minibatch)
@@ -545,7 +558,8 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
                 bar.set_postfix_str(f"平均回報 {curve[-1][1]:.0f}")
             bar.update(rollout)
     envs.close()
-    return Result(agent, env_steps, curve, outside_shares, time.perf_counter() - start, env_steps < total)
+    seconds, memory = time.perf_counter() - start, memory_bytes(agent, batch)
+    return Result(agent, env_steps, curve, outside_shares, memory, seconds, env_steps < total)
 
 
 # 7. 評估 ---------------------------------------------------------------------------------------------
@@ -879,6 +893,7 @@ def main() -> None:
     save_weights(result.agent, config.out_dir / "weights.npz")
     results = {"env_steps": result.env_steps, "eval_returns": eval_returns.tolist(), "eval_mean": eval_mean}
     results |= {"solved": solved, "curve": result.curve, "outside_shares": result.outside_shares}
+    results |= {"memory_bytes": result.memory_bytes}
     save_metrics(config, result.seconds, device, **results)
     figure = f"{EVAL_EPISODES} 個評估回合的平均回報 {eval_mean:.1f}"
     print(f"{'達標' if solved else '未達標'}：{figure}（目標 {TARGET_RETURN:.1f}）")

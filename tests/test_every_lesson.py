@@ -19,7 +19,9 @@ CORE_HELPERS = {
     "fail", "require", "require_bounds", "parse_config", "prepare_out_dir", "stop_on_ctrl_c",
     "save_metrics", "plot_style", "save_figure", "finish",
 }  # fmt: skip
-SHARED_HELPERS = CORE_HELPERS | {"has_display", "save_gif", "save_weights", "load_weights", "watch", "draw_curves"}
+SHARED_HELPERS = CORE_HELPERS | {
+    "has_display", "save_gif", "save_weights", "load_weights", "watch", "draw_curves", "array_bytes",
+}  # fmt: skip
 
 pytestmark = pytest.mark.parametrize("lesson", LESSONS)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from hypothesis import given, settings
-from lessons import load, metrics, run
+from lessons import load, metrics, run, script
 
 q_learning = load("1_Q_Learning")
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -173,6 +173,17 @@ def test_on_a_slippery_floor_a_smaller_alpha_ends_nearer_to_the_optimum():
         result = q_learning.train(config, progress=False)
         errors[alpha] = q_learning.max_abs_error(result.q_table, result.q_star)
     assert errors[0.02] < errors[0.3] / 2
+
+
+@pytest.mark.parametrize(("seed", "steps", "changed", "positive"), [(42, 24, 18, 1), (2, 100, 48, 0)])
+def test_the_table_learns_before_the_first_episode_ends(seed, steps, changed, positive):
+    """README 2.2 節的兩個指令，數字要和文中相同。"""
+    result = q_learning.train(q_learning.Config(seed=seed, episodes=1, decay_episodes=1), progress=False)
+    assert result.env_steps == steps
+    assert (np.count_nonzero(result.q_table), np.count_nonzero(result.q_table > 0)) == (changed, positive)
+    text = (script("1_Q_Learning").parent / "README.md").read_text(encoding="utf-8")
+    assert f"{steps} 步" in text
+    assert f"{changed} 格" in text
 
 
 def test_comparison_runs_and_its_table_comes_from_its_rows(tmp_path):
