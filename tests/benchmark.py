@@ -4,7 +4,8 @@ python tests/benchmark.py 3_Pendulum                   種子 0 到 9，印出�
 python tests/benchmark.py 3_Pendulum --write           並寫進 figures/results.json 與 README 的結果表
 python tests/benchmark.py 3_Pendulum --compare --write    跑 --compare，更新比較圖與比較表
 python tests/benchmark.py 3_Pendulum --trials --write     跑 README 試驗表裡還沒有紀錄的列，更新表中的數字
-python tests/benchmark.py --all --write                以上全部，每一課，試驗全部重跑
+python tests/benchmark.py --all --write                每一課的結果，與專案 README 的總表
+python tests/benchmark.py --all --compare --trials --write    每一課的比較與試驗，全部重跑
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 from lessons import (
+    FRONT_PAGE,
     HIGHER_IS_BETTER,
     LESSONS,
     RESULTS,
@@ -55,7 +57,7 @@ def run_once(lesson: str, flags: str, out_dir: Path, env: dict[str, str] | None 
         "total_seconds": round(seconds, 2),
         "train_seconds": round(recorded["seconds"]["train"], 2),
         "peak_mb": round(usage.ru_maxrss / 1024),
-        **{key: recorded[key] for key in RESULTS[lesson]},
+        **{key: recorded[key] for key in (*RESULTS[lesson], "env_steps", "memory_bytes") if key in recorded},
     }
 
 
@@ -95,6 +97,42 @@ def results_table(lesson: str, record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recorded_runs(lesson: str) -> list[dict]:
+    return json.loads((ROOT / lesson / "figures" / "results.json").read_text(encoding="utf-8"))["runs"]
+
+
+def worst(key: str, values: list[float]) -> float:
+    return min(values) if HIGHER_IS_BETTER[key] else max(values)
+
+
+def lessons_table() -> str:
+    """專案 README 最上面的總表，由每一課的 results.json 決定。"""
+    lines = ["| 課 | 問題 | 指令 | 目標 | 十個種子：平均 (最差) | 秒 (中位數) |", "|" + " --- |" * 6]
+    for lesson in LESSONS:
+        title, question, key, target = FRONT_PAGE[lesson]
+        (name, pattern), runs = RESULTS[lesson][key], recorded_runs(lesson)
+        values, seconds = [run[key] for run in runs], statistics.median(run["total_seconds"] for run in runs)
+        reached = f"{pattern.format(statistics.mean(values))} ({pattern.format(worst(key, values))})"
+        command = f"`python {script(lesson).relative_to(ROOT)}`"
+        cells = f"[{title}]({lesson}/README.md)", question, command, f"{name} {target}", reached, f"{seconds:.1f}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def evolution_table() -> str:
+    """專案 README 的演進表：訓練時要記住的位元組，與走了幾步；十個種子的中位數。"""
+    columns = {"parameters": "參數", "gradients": "梯度", "moments": "Adam 動量", "data": "資料"}
+    lines = [f"| 演算法 | {' | '.join(columns.values())} | 與環境互動的步數 |", "|" + " --- |" * 6]
+    for lesson in LESSONS:
+        runs = recorded_runs(lesson)
+        if "memory_bytes" in runs[0]:
+            memory, steps = runs[0]["memory_bytes"], statistics.median(run["env_steps"] for run in runs)
+            cells = (f"{memory[key]:,} B" if key in memory else "—" for key in columns)
+            title = FRONT_PAGE[lesson][0].partition("：")[2]
+            lines.append(f"| [{title}]({lesson}/README.md) | {' | '.join(cells)} | {steps:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def machine() -> str:
     cores = len(os.sched_getaffinity(0))
     return f"{cores} 個 CPU 核心、沒有 GPU，CPython {platform.python_version()}"
@@ -114,8 +152,7 @@ def trials_table(lesson: str, rows: list[tuple[str, str]], record: dict) -> str:
         cells = []
         for key, (_, pattern) in RESULTS[lesson].items():
             values = [run[key] for run in record["runs"][flags]]
-            worst = min(values) if HIGHER_IS_BETTER[key] else max(values)
-            cells += [pattern.format(statistics.mean(values)), pattern.format(worst)]
+            cells += [pattern.format(statistics.mean(values)), pattern.format(worst(key, values))]
         lines.append(f"| {name} | `{flags}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -184,7 +221,7 @@ def benchmark_trials(lesson: str, write: bool, again: bool) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lesson", nargs="?", choices=LESSONS, help="哪一課")
-    parser.add_argument("--all", action="store_true", help="每一課的結果、比較與試驗")
+    parser.add_argument("--all", action="store_true", help="每一課，不只一課")
     parser.add_argument("--compare", action="store_true", help="更新比較圖與比較表")
     parser.add_argument("--trials", action="store_true", help="更新試驗表")
     parser.add_argument("--write", action="store_true", help="寫進 figures/ 與 README")
@@ -196,12 +233,15 @@ def main() -> None:
     if not arguments.all and arguments.lesson is None:
         make_parser().error("要給一課的資料夾名，或 --all")
     for lesson in LESSONS if arguments.all else [arguments.lesson]:
-        if arguments.all or not (arguments.compare or arguments.trials):
+        if not (arguments.compare or arguments.trials):
             benchmark_results(lesson, arguments.write)
-        if arguments.all or arguments.compare:
+        if arguments.compare:
             benchmark_compare(lesson, arguments.write)
-        if arguments.all or arguments.trials:
+        if arguments.trials:
             benchmark_trials(lesson, arguments.write, again=arguments.all)
+    if arguments.write:
+        replace_block(ROOT / "README.md", "lessons", lessons_table())
+        replace_block(ROOT / "README.md", "evolution", evolution_table())
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def test_formulas_render_on_github(readme):
 
 
 def commands(text: str) -> list[str]:
+    """程式碼區塊裡的每一行，與句子、表格裡以 python 開頭的行內程式碼。"""
     lines = [line for code in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in code.splitlines()]
+    lines += re.findall(r"`(python [^`\n]+)`", without_code(text))
     stripped = [re.sub(r"\s+#.*$", "", line).strip() for line in lines]
     return [line for line in stripped if line and not line.startswith("#")]
 
@@ -89,6 +91,22 @@ def test_every_command_parses(readme):
         config = tyro.cli(load(lesson).Config, args=flags)
         if getattr(config, "watch", None) is None:  # --watch 要的權重是執行之後才有的
             load(lesson).check(config)
+
+
+NUMBER = r"(?<![\w.])[+-]?\d[\d,]*\.\d+(?:e[+-]\d+)?(?: %)?|(?<![\w.])\d+ %"
+
+
+def test_every_number_of_the_notes_stands_in_a_lesson():
+    """「跑跑看」與說法表裡的小數與百分比，都要在它連結的那一課的 README 裡；負號統一，連結與程式碼裡的不算。"""
+    checked = 0
+    for part in re.findall(r"(?:^>.*\n)+|^\|.*\n", text_of("README.md"), re.MULTILINE):
+        linked = re.findall(r"\]\((\w+/README\.md)#", part)
+        known = "".join(map(text_of, linked)).replace("−", "-").replace(",", "")
+        for number in re.findall(NUMBER, re.sub(r"\]\([^)]*\)|`[^`]*`", "", part).replace("−", "-")) if linked else ():
+            found = rf"(?<![\d.]){re.escape(number.replace(',', ''))}(?!\d)"
+            assert re.search(found, known), f"{number} is not in {linked}: {part}"
+            checked += 1
+    assert checked >= 40
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
@@ -114,6 +132,11 @@ def test_results_block_equals_the_recorded_runs(lesson):
     assert record["defaults"] == defaults(lesson)
     assert [run["seed"] for run in record["runs"]] == list(benchmark.SEEDS)
     assert block(text_of(f"{lesson}/README.md"), "results") == benchmark.results_table(lesson, record)
+
+
+def test_front_page_tables_equal_the_recorded_runs():
+    assert block(text_of("README.md"), "lessons") == benchmark.lessons_table()
+    assert block(text_of("README.md"), "evolution") == benchmark.evolution_table()
 
 
 @pytest.mark.parametrize("lesson", LESSONS)

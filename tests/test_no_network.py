@@ -12,6 +12,7 @@ import pytest
     [
         "socket.create_connection(('192.0.2.1', 80), timeout=1)",
         "socket.socket().connect_ex(('192.0.2.1', 80))",
+        "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))",
         "socket.getaddrinfo('example.org', 80)",
     ],
 )

@@ -15,14 +15,15 @@ def is_local(address: object) -> bool:
 
 
 def guard(name: str) -> None:
+    """connect、connect_ex、sendto：位址都是最後一個參數。"""
     original = getattr(socket.socket, name)
 
-    def connect(self, address):
-        if self.family != socket.AF_UNIX and not is_local(address):
-            refuse(address)
-        return original(self, address)
+    def guarded(self, *arguments):
+        if self.family != socket.AF_UNIX and not is_local(arguments[-1]):
+            refuse(arguments[-1])
+        return original(self, *arguments)
 
-    setattr(socket.socket, name, connect)
+    setattr(socket.socket, name, guarded)
 
 
 def guarded_getaddrinfo(host, *args, **kwargs):
@@ -33,5 +34,6 @@ def guarded_getaddrinfo(host, *args, **kwargs):
 
 guard("connect")
 guard("connect_ex")
+guard("sendto")
 original_getaddrinfo = socket.getaddrinfo
 socket.getaddrinfo = guarded_getaddrinfo
