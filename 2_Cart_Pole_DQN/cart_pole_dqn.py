@@ -649,6 +649,7 @@ def require_bounds(config, bounds: dict) -> None:
 
 def parse_config(config_class, description: str):
     """命令列 → config_class；看不懂就印一行錯誤，以狀態 2 結束，不印 tyro 的方框。"""
+    sys.stdout.reconfigure(errors="replace")  # 印不出中文的終端機看到問號，不會中斷
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
