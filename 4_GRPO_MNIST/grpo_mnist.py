@@ -30,7 +30,7 @@ import signal
 import sys
 import tempfile
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -395,14 +395,15 @@ def evaluate(actor: Actor, data: Split) -> float:
 @dataclass
 class Result:
     agent: GRPOAgent
-    train_accuracy: list[float]  # 每一輪訓練時採樣的準確率 (%)，筆記印的數字
-    test_accuracy: list[float]  # 每一輪之後測試集上貪婪的準確率 (%)
-    silent_shares: list[float]  # 每一輪裡，優勢是 0 的答案的比率
-    residuals: list[float]  # 每一輪的 平均 (獎勵 - 基線)²，除以整輪獎勵的變異數；1 是什麼都沒解釋
-    outside_shares: list[float]  # 每一輪裡，最後一遍更新之前，比例在界線之外的比率
-    epoch_seconds: list[float]  # 每一輪訓練的秒數，不含評估；第一輪含編譯
-    seconds: float
-    interrupted: bool  # 被 Ctrl-C 提早結束
+    # 以下每一輪一個數字
+    train_accuracy: list[float] = field(default_factory=list)  # 訓練時採樣的準確率 (%)，筆記印的數字
+    test_accuracy: list[float] = field(default_factory=list)  # 這一輪之後，測試集上貪婪的準確率 (%)
+    silent_shares: list[float] = field(default_factory=list)  # 優勢是 0 的答案的比率
+    residuals: list[float] = field(default_factory=list)  # 平均 (獎勵 - 基線)² 除以獎勵的變異數；1 是什麼都沒解釋
+    outside_shares: list[float] = field(default_factory=list)  # 最後一遍更新之前，比例在界線之外的比率
+    epoch_seconds: list[float] = field(default_factory=list)  # 訓練的秒數，不含評估；第一輪含編譯
+    seconds: float = 0.0
+    interrupted: bool = False  # 被 Ctrl-C 提早結束
 
 
 def train(config: Config, data: Data, stop: threading.Event | None = None, progress: bool = True) -> Result:
@@ -414,7 +415,7 @@ def train(config: Config, data: Data, stop: threading.Event | None = None, progr
     start = time.perf_counter()
     rng = np.random.default_rng(config.seed)
     agent = GRPOAgent(config)
-    result = Result(agent, [], [], [], [], [], [], 0.0, False)
+    result = Result(agent)
     images = len(data.train.labels) // config.batch_size * config.batch_size  # 不足一批的圖片這一輪不用
     with tqdm(total=config.num_epochs, desc="訓練", unit="輪", disable=None if progress else True) as bar:
         while len(result.test_accuracy) < config.num_epochs and not result.interrupted:
@@ -573,7 +574,8 @@ def comparison_table(rows: dict) -> str:
             spread = [f"{x:.4f}" for x in np.mean(row["spreads"], axis=0)]
             batches.append([f"{int(name.removeprefix('batch_')):,}", *spread, *accuracies, seconds])
             continue
-        shares = [f"{100 * last(row, c).mean():.1f} %" for c in ("residuals", "silent_shares", "outside_shares")]
+        shares = last(row, "residuals").mean(), last(row, "silent_shares").mean(), np.mean(row["outside_shares"])
+        shares = [f"{100 * share:.1f} %" for share in shares]
         if name == "supervised":  # 沒有優勢，也沒有比例
             shares = ["—"] * 3
         methods.append([f"`{name}`", *accuracies, *shares, seconds])
@@ -601,7 +603,8 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
     left.set(yscale="log", xlabel="epoch", ylabel="greedy error on the test set (%)")
     left.set_title(f"mean and range over {len(rows['default']['test_accuracy'])} seeds")
     left.set_yticks([2, 3, 5, 10, 20, 50], labels=["2", "3", "5", "10", "20", "50"])
-    left.legend(title="after the last epoch", loc="upper right")
+    left.minorticks_off()
+    left.legend(title="after the last epoch", loc="lower right", bbox_to_anchor=(1, 0.36), ncols=2, fontsize=9)
     for i, name in enumerate(("supervised", "default", "ppo")):
         left_edge = 0.0
         for j, (key, label) in enumerate(STATE_NAMES.items()):
@@ -609,8 +612,8 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
             right.barh(i, size, left=left_edge, color=f"C{j}", label=label if i == 0 else None)
             left_edge += size
     right.set_yticks(range(3), labels=("supervised", "GRPO (default)", "PPO"))
-    right.set(xlabel="megabytes", title="training state", ylim=(-0.5, 3.2))
-    right.legend(loc="upper right", ncols=1)
+    right.set(xlabel="megabytes", title="training state", ylim=(-0.5, 3.3))
+    right.legend(loc="upper right")
     save_figure(figure, out_dir / "comparison.png")
 
 

@@ -409,7 +409,7 @@ def fake_training(monkeypatch, data, stop=None, stop_at=None):
         if len(calls) == stop_at:
             stop.set()
         score = [50.0, 90.0 + len(calls)]
-        return grpo.Result(grpo.GRPOAgent(config), score, score, [0.5] * 2, [1.0] * 2, [0.0] * 2, [0.1] * 2, 1.0, False)
+        return grpo.Result(grpo.GRPOAgent(config), score, score, [0.5] * 2, [1.0] * 2, [0.0] * 2, [0.1] * 2)
 
     monkeypatch.setattr(grpo, "train", train)
     monkeypatch.setattr(grpo, "load_mnist", lambda: small(data, 64))
