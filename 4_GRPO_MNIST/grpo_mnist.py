@@ -734,7 +734,7 @@ def main() -> None:
     results |= {"parameters": sum(x.size for x in jax.tree.leaves(nnx.state(result.agent.actor, nnx.Param)))}
     results |= {"bytes": count_bytes(result.agent), "outside_shares": result.outside_shares}
     results |= {"silent_shares": result.silent_shares, "residuals": result.residuals}
-    save_metrics(config, result.seconds, device, epoch_seconds=result.epoch_seconds, **results)
+    save_metrics(config, result.seconds, device, **results)
     reached = train_accuracy >= TRAIN_TARGET and test_accuracy >= TEST_TARGET
     figure = f"訓練集採樣 {train_accuracy:.2f} %、測試集貪婪 {test_accuracy:.2f} %"
     print(f"{'達標' if reached else '未達標'}：{figure}（目標 {TRAIN_TARGET} %、{TEST_TARGET} %）")
