@@ -41,6 +41,11 @@ from lessons import (
 SEEDS = range(10)
 
 
+def final(value: float | list[float]) -> float:
+    """每輪一個數字的，取最後一輪。"""
+    return value[-1] if isinstance(value, list) else value
+
+
 def run_once(lesson: str, flags: str, out_dir: Path, env: dict[str, str] | None = None) -> dict:
     """一個完整的行程；時間從啟動算到結束，記憶體是作業系統記的最大值。"""
     command = [sys.executable, str(script(lesson)), *flags.split(), "--out-dir", str(out_dir)]
@@ -57,7 +62,7 @@ def run_once(lesson: str, flags: str, out_dir: Path, env: dict[str, str] | None 
         "total_seconds": round(seconds, 2),
         "train_seconds": round(recorded["seconds"]["train"], 2),
         "peak_mb": round(usage.ru_maxrss / 1024),
-        **{key: recorded[key] for key in (*RESULTS[lesson], "env_steps", "memory_bytes") if key in recorded},
+        **{key: final(recorded[key]) for key in (*RESULTS[lesson], "env_steps", "memory_bytes") if key in recorded},
     }
 
 

@@ -21,6 +21,7 @@ SHORT = {
     "1_Q_Learning": "--episodes 300 --decay-episodes 150",
     "2_Cart_Pole_DQN": "--total-steps 2000 --updates-per-train 16",
     "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
+    "4_GRPO_MNIST": "--num-epochs 2 --batch-size 4096 --train-epochs 2",
 }
 EVERY_FLAG = {
     "1_Q_Learning": [
@@ -41,6 +42,13 @@ EVERY_FLAG = {
         "--actor-learning-rate 3e-4 --critic-learning-rate 3e-3 --gamma 0.9 --gae-lambda 0.9 --clip-epsilon 0.1 "
         "--seed 7 --num-steps 50 --num-envs 3 --minibatch-size 40 --train-epochs 3 --total-steps 700",
         "--algorithm reinforce --num-envs 2 --total-steps 800",
+    ],
+    "4_GRPO_MNIST": [
+        "--seed 7 --num-epochs 1 --batch-size 3000 --group image --group-size 3 --train-epochs 3 --beta 0.1 "
+        "--learning-rate 1e-3 --no-anneal-learning-rate --clip-epsilon 0.1",
+        "--num-epochs 1 --batch-size 8192 --baseline moving-average --group-size 1 --train-epochs 1",
+        "--num-epochs 1 --batch-size 4096 --algorithm ppo",
+        "--num-epochs 1 --batch-size 60000 --algorithm supervised --group-size 1",
     ],
 }
 WRONG = {
@@ -89,6 +97,24 @@ WRONG = {
         "--compare --num-envs 1 --num-steps 200 --minibatch-size 201",
         "--watch no-such-file.npz",
     ],
+    "4_GRPO_MNIST": [
+        "--seed abc",
+        "--no-such-flag 1",
+        "--algorithm dqn",
+        "--num-epochs 0",
+        "--batch-size 1",
+        "--batch-size 60001",
+        "--batch-size 60000 --group-size 100",
+        "--group-size 0",
+        "--group label",
+        "--group image --group-size 1",
+        "--group image --baseline moving-average",
+        "--compare --baseline moving-average",
+        "--train-epochs 0",
+        "--learning-rate nan",
+        "--clip-epsilon 1.5",
+        "--beta -1",
+    ],
 }
 RESULTS = {
     "1_Q_Learning": {
@@ -100,6 +126,10 @@ RESULTS = {
         "env_steps": ("訓練走了幾步", "{:,.0f}"),
     },
     "3_Pendulum": {"eval_mean": ("評估 100 回合的平均回報", "{:.1f}")},
+    "4_GRPO_MNIST": {  # 每輪一個數字的，取最後一輪
+        "train_accuracy": ("訓練集，採樣的準確率 (%)", "{:.2f}"),
+        "test_accuracy": ("測試集，貪婪的準確率 (%)", "{:.2f}"),
+    },
 }
 # 專案的 README 最上面的總表：課名、問題、RESULTS 裡的哪個數字、目標。
 FRONT_PAGE = {
@@ -112,6 +142,8 @@ HIGHER_IS_BETTER = {
     "env_steps": False,
     "max_abs_error": False,
     "greedy_return": True,
+    "train_accuracy": True,
+    "test_accuracy": True,
 }  # 試驗表的「最差」往哪邊找
 
 

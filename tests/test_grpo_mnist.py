@@ -1,0 +1,482 @@
+"""第 4 課的數學對照獨立的算法，資料對照原始檔案，以及完整的預設執行。"""
+
+import gzip
+import hashlib
+import inspect
+import math
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import lessons
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
+from lessons import ROOT, load, metrics, run
+
+grpo = load("4_GRPO_MNIST")
+nnx = grpo.nnx
+shapes = st.sampled_from([(1, 1), (4, 3), (7, 1), (1, 6), (16, 8)])  # 每種形狀都要編譯一次，所以只有幾種
+rewards_arrays = shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=st.sampled_from([0.0, 1.0])))
+logits_arrays = hnp.arrays(np.float32, (2, 10), elements=st.floats(-4, 4, width=32))
+
+
+def advantages_of(rewards, group):
+    rewards = jnp.asarray(rewards)
+    return np.asarray(grpo.relative_advantages(rewards, grpo.group_baseline(rewards, group), group))
+
+
+@given(rewards_arrays, st.sampled_from(["batch", "image"]))
+def test_advantages_equal_a_loop(rewards, group):
+    """每組：平均 0、變異數 1；全對或全錯的組是 0，永遠不是 NaN。"""
+    advantages = advantages_of(rewards, group)
+    groups = [np.arange(rewards.size)] if group == "batch" else list(np.arange(rewards.size).reshape(rewards.shape).T)
+    for members in groups:
+        own, result = rewards.ravel()[members].astype(float), advantages.ravel()[members]
+        if len(set(own)) == 1:
+            assert (result == 0).all()
+            continue
+        mean = sum(own) / len(own)
+        deviation = math.sqrt(sum((reward - mean) ** 2 for reward in own) / len(own))
+        np.testing.assert_allclose(result, [(reward - mean) / deviation for reward in own], rtol=1e-4)
+        assert result.sum() == pytest.approx(0, abs=1e-4)
+        assert result.var() == pytest.approx(1, rel=1e-4)
+
+
+def test_degenerate_groups_are_silent_in_spite_of_rounding():
+    """平均會捨入：例如 0.7 加 3 次除以 3 不一定是 0.7。除以 1e-8 那麼小的標準差會把它放大成 ±1。"""
+    for value in (1.0, 0.7, 0.0):
+        for size in (3, 41, 49):
+            for group in ("image", "batch"):
+                assert (advantages_of(np.full((size, 1), value, np.float32), group) == 0).all()
+
+
+def test_the_worked_example_of_the_readme():
+    """README「手算」：四張圖片各兩個答案。"""
+    rewards = [[1, 1, 0, 1], [1, 0, 0, 1]]
+    batch, image = advantages_of(np.float32(rewards), "batch"), advantages_of(np.float32(rewards), "image")
+    np.testing.assert_allclose(batch[0], [0.7746, 0.7746, -1.2910, 0.7746], atol=1e-4)
+    np.testing.assert_allclose(image, [[0, 1, 0, 0], [0, -1, 0, 0]], atol=1e-6)
+
+
+def test_normalising_twice_hides_any_baseline():
+    """筆記先減基線再標準化；再減一次平均，減掉的是什麼都沒有差別。這裡的優勢不會這樣。"""
+    rewards = jnp.array([[1.0, 0.0, 0.0, 1.0, 1.0]])
+
+    def notes(baseline):
+        advantages = rewards - baseline
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    np.testing.assert_allclose(notes(0.1), notes(0.9), atol=1e-5)
+    ours = [grpo.relative_advantages(rewards, jnp.float32(baseline), "batch") for baseline in (0.1, 0.9)]
+    np.testing.assert_allclose(ours[0] - ours[1], 0.8 / np.std([1, 0, 0, 1, 1]), rtol=1e-5)
+
+
+def test_the_clipped_objective_is_that_of_lesson_3():
+    assert inspect.getsource(grpo.clipped_objective) == inspect.getsource(load("3_Pendulum").clipped_objective)
+
+
+@given(logits_arrays)
+def test_kl_estimate_is_not_negative_and_its_mean_is_the_kl(logits):
+    """對十個動作取期望值，就是兩個 Categorical 的 KL 散度。"""
+    policy, reference = (scipy.special.log_softmax(row.astype(float)) for row in logits)
+    estimates = np.asarray(grpo.kl_estimate(jnp.float32(policy), jnp.float32(reference)))
+    assert (estimates >= -1e-6).all()
+    exact = scipy.stats.entropy(np.exp(policy), np.exp(reference))
+    assert np.exp(policy) @ estimates == pytest.approx(exact, rel=1e-3, abs=1e-5)
+
+
+@given(logits_arrays)
+@settings(max_examples=20)
+def test_the_gradient_of_the_kl_estimate_is_that_of_the_other_direction(logits):
+    """README「KL」：值是 KL(π ‖ π_ref)，期望的梯度是 KL(π_ref ‖ π) 的：softmax(logits) - π_ref。"""
+    logits, reference = jnp.asarray(logits[0]), jax.nn.log_softmax(jnp.asarray(logits[1]))
+
+    def estimate(logits):
+        log_probs = jax.nn.log_softmax(logits)
+        return jnp.sum(jax.lax.stop_gradient(jnp.exp(log_probs)) * grpo.kl_estimate(log_probs, reference))
+
+    expected = jax.nn.softmax(logits) - jnp.exp(reference)
+    np.testing.assert_allclose(jax.grad(estimate)(logits), expected, atol=1e-4)
+
+
+def flat(state):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state)])
+
+
+def weights(module):
+    return flat(nnx.state(module, nnx.Param))
+
+
+def images(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.float32(rng.random((count, 784))), jnp.uint8(rng.integers(10, size=count))
+
+
+@nnx.jit
+def rollout(agent, states, labels):
+    return agent.rollout(states, labels)
+
+
+@nnx.jit
+def train_actor(agent, batch):
+    return agent.train_actor(batch)
+
+
+def objective_gradient(agent, batch):
+    return flat(nnx.jit(nnx.grad(lambda actor: agent.actor_objective(actor, batch)[0]))(agent.actor))
+
+
+def test_select_actions_and_log_probs_follows_the_policy():
+    agent = grpo.GRPOAgent(grpo.Config(group_size=5000))
+    states, _ = images(3)
+    actions, log_probs = agent.select_actions_and_log_probs(states)
+    assert actions.shape == log_probs.shape == (5000, 3)
+    expected = scipy.special.log_softmax(np.asarray(agent.actor(states).logits), axis=1)
+    for i in range(3):
+        np.testing.assert_allclose(log_probs[:, i], expected[i, actions[:, i]], rtol=1e-4)
+        np.testing.assert_allclose(np.bincount(actions[:, i], minlength=10) / 5000, np.exp(expected[i]), atol=0.03)
+    again, _ = agent.select_actions_and_log_probs(states)
+    assert not np.array_equal(actions, again)  # 每次採樣用新的亂數
+
+
+def test_rewards():
+    rewards = grpo.calculate_rewards(jnp.array([[3, 1], [2, 2]]), jnp.array([3, 2], jnp.uint8))
+    np.testing.assert_array_equal(rewards, [[1, 0], [0, 1]])
+
+
+@pytest.mark.parametrize("group", ["batch", "image"])
+def test_a_large_group_points_along_the_exact_policy_gradient(group):
+    """對全部十個動作算的策略梯度：Σ_a π(a|s) ∇log π(a|s) r = ∇π(答案|s)，除以群組的標準差。"""
+    states, labels = images(4)
+    agent = grpo.GRPOAgent(grpo.Config(group_size=20_000, group=group))
+
+    def expected_reward(actor):
+        p = jnp.exp(actor(states).log_prob(labels))
+        group_p = p if group == "image" else p.mean()
+        return jnp.mean(p / jax.lax.stop_gradient(jnp.sqrt(group_p * (1 - group_p))))
+
+    exact = flat(nnx.grad(expected_reward)(agent.actor))
+    sampled = objective_gradient(agent, rollout(agent, states, labels))
+    cosine = exact @ sampled / np.linalg.norm(exact) / np.linalg.norm(sampled)
+    assert cosine > 0.98
+    assert np.linalg.norm(sampled) == pytest.approx(np.linalg.norm(exact), rel=0.1)
+
+
+def test_updates_raise_the_expected_reward():
+    states, labels = images(32)
+    agent = grpo.GRPOAgent(grpo.Config(learning_rate=1e-4))
+    before = np.exp(agent.actor(states).log_prob(labels)).mean()
+    train_actor(agent, rollout(agent, states, labels))
+    assert np.exp(agent.actor(states).log_prob(labels)).mean() > before
+
+
+def test_with_one_pass_the_clip_does_nothing():
+    """K = 1：比例全是 1，裁剪與不裁剪的梯度相同；更新之後再學一遍，就不同了。"""
+    states, labels = images(32)
+    agent = grpo.GRPOAgent(grpo.Config())
+    tight = grpo.GRPOAgent(grpo.Config(clip_epsilon=0.001))
+    batch = rollout(agent, states, labels)
+
+    def unclipped(actor):
+        return jnp.mean(jnp.exp(actor(states).log_prob(batch.actions) - batch.log_probs) * batch.advantages)
+
+    def gradients():
+        nnx.update(tight.actor, nnx.state(agent.actor))
+        return objective_gradient(tight, batch), flat(nnx.jit(nnx.grad(unclipped))(agent.actor))
+
+    np.testing.assert_allclose(*gradients(), atol=1e-5)
+    assert np.abs(gradients()[1]).max() > 1e-3
+    _, outside = train_actor(agent, batch)
+    assert outside == 0
+    assert np.abs(np.subtract(*gradients())).max() > 1e-3
+    _, outside = train_actor(agent, batch)
+    assert outside > 0
+
+
+def test_the_moving_average_is_used_before_it_is_updated():
+    agent = grpo.GRPOAgent(grpo.Config(baseline="moving-average"))
+    states, labels = images(32)
+    average = 0.0
+    for _ in range(3):
+        batch = rollout(agent, states, labels)
+        assert float(batch.baseline) == pytest.approx(average)
+        average = 0.9 * average + 0.1 * float(batch.rewards.mean())
+    deviation = np.std(batch.rewards)
+    np.testing.assert_allclose(batch.advantages, (batch.rewards - batch.baseline) / deviation, rtol=1e-4)
+
+
+def test_only_ppo_has_a_critic_and_it_learns_the_reward():
+    agent = grpo.GRPOAgent(grpo.Config(algorithm="ppo", learning_rate=1e-4))
+    states, labels = images(32)
+    batch = rollout(agent, states, labels)
+    np.testing.assert_allclose(batch.baseline, agent.critic(states), rtol=1e-5)
+    residual = batch.rewards - batch.baseline
+    np.testing.assert_allclose(batch.advantages, residual / np.std(residual), rtol=1e-4)
+    train_actor(agent, batch)
+    assert np.mean((agent.critic(states) - batch.rewards) ** 2) < np.mean(residual**2)
+    assert grpo.GRPOAgent(grpo.Config()).critic is None
+
+
+def test_supervised_learning_uses_the_labels_only():
+    """更新一次的方向是交叉熵的梯度，與採樣的答案無關。"""
+    states, labels = images(32)
+    agents = [grpo.GRPOAgent(grpo.Config(algorithm="supervised")) for _ in range(2)]
+    batch = rollout(agents[0], states, labels)
+    loss, _ = train_actor(agents[0], batch)
+    logits = np.asarray(agents[1].actor(states).logits)
+    assert float(loss) == pytest.approx(-scipy.special.log_softmax(logits, axis=1)[range(32), labels].mean(), rel=1e-5)
+    train_actor(agents[1], batch._replace(actions=9 - batch.actions, advantages=-batch.advantages))
+    np.testing.assert_array_equal(weights(agents[0].actor), weights(agents[1].actor))
+
+
+def test_beta_pulls_towards_a_frozen_reference():
+    """β 很大時，一步都走不遠；參考模型自己不動。"""
+    states, labels = images(32)
+    moved = []
+    for beta in (1e-9, 1e4):
+        agent = grpo.GRPOAgent(grpo.Config(beta=beta, learning_rate=0.003, anneal_learning_rate=False))
+        start = weights(agent.reference)
+        np.testing.assert_array_equal(start, weights(agent.actor))
+        for _ in range(10):
+            batch = rollout(agent, states, labels)
+            train_actor(agent, batch)
+        np.testing.assert_array_equal(weights(agent.reference), start)
+        reference = agent.reference(states).log_prob(batch.actions)
+        np.testing.assert_allclose(batch.reference_log_probs, reference, rtol=1e-5)
+        moved.append(float(grpo.tfd.kl_divergence(agent.actor(states), agent.reference(states)).mean()))
+    assert moved[1] < moved[0] / 3
+    assert grpo.GRPOAgent(grpo.Config()).reference is None
+
+
+def test_bytes_are_those_of_the_arrays():
+    """參數 784·128 + 128 + 128·128 + 128 + 128·10 + 10，一個 4 位元組；評論家的輸出層只有 129 個。"""
+    actor = 4 * (784 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10)
+    critic = actor - 4 * (129 * 9)
+    expected = {"parameters": actor, "gradients": actor, "adam_moments": 2 * actor, "reference": 0}
+    assert grpo.count_bytes(grpo.GRPOAgent(grpo.Config())) == expected
+    assert grpo.count_bytes(grpo.GRPOAgent(grpo.Config(beta=1.0)))["reference"] == actor
+    ppo = grpo.count_bytes(grpo.GRPOAgent(grpo.Config(algorithm="ppo")))
+    assert ppo == {name: size // actor * (actor + critic) for name, size in expected.items()}
+
+
+# 資料 ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data():
+    return grpo.load_mnist()
+
+
+def test_the_checksums_are_the_published_ones():
+    """資料的 README 列的，就是程式核對的。"""
+    text = (ROOT / "4_GRPO_MNIST/data/mnist_packed/README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"\| `([\w-]+)` \| `([0-9a-f]{64})` \|", text))
+    names = {"train": "train", "test": "t10k", "images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
+    assert listed == {f"{names[split]}-{names[key]}": digest for (split, key), digest in grpo.SHA256.items()}
+
+
+def test_rebuilding_the_data_set_gives_the_same_files(data, tmp_path):
+    """從讀到的陣列還原四個原始檔案，核對校驗碼，再用 TFDS 的 builder 做一次，比較每一筆紀錄。
+
+    array_record 由幾個執行緒寫出，檔案的位元組每次可能不同；讀回來的紀錄與說明檔要完全相同。
+    """
+    originals, folder = tmp_path / "originals", ROOT / "4_GRPO_MNIST/data/mnist_packed"
+    originals.mkdir()
+    for split, name in (("train", "train"), ("test", "t10k")):
+        arrays = getattr(data, split)
+        count = len(arrays.labels)
+        headers = {"images": ("idx3", [2051, count, 28, 28]), "labels": ("idx1", [2049, count])}
+        for key, (kind, header) in headers.items():
+            content = np.array(header, ">u4").tobytes() + np.asarray(getattr(arrays, key)).tobytes()
+            assert hashlib.sha256(content).hexdigest() == grpo.SHA256[split, key]
+            (originals / f"{name}-{key}-{kind}-ubyte.gz").write_bytes(gzip.compress(content, compresslevel=1))
+    command = [sys.executable, "-B", str(folder / "mnist_packed_dataset_builder.py"), str(originals), str(tmp_path)]
+    subprocess.run(command, env=lessons.environment(), check=True, capture_output=True)
+    rebuilt, committed = tmp_path / "mnist_packed" / "1.0.0", folder / "1.0.0"
+    assert {path.name for path in rebuilt.iterdir()} == {path.name for path in committed.iterdir()}
+    for name in ("dataset_info.json", "features.json", "LICENSE"):
+        assert (rebuilt / name).read_bytes() == (committed / name).read_bytes()
+    for split in ("train", "test"):
+        for array, expected in zip(grpo.read_split(rebuilt, split), getattr(data, split), strict=True):
+            np.testing.assert_array_equal(array, expected)
+    assert sum(path.stat().st_size for path in committed.iterdir()) < 12_500_000
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        ("mnist_packed-train.array_record-00000-of-00001", "missing"),
+        ("mnist_packed-train.array_record-00000-of-00001", "cut"),
+        ("mnist_packed-train.array_record-00000-of-00001", "empty"),
+        ("mnist_packed-train.array_record-00000-of-00001", "one bit"),
+        ("dataset_info.json", "missing"),
+        ("features.json", "cut"),
+    ],
+)
+def test_damaged_data_is_refused_in_one_line(file, how, tmp_path, capfd):
+    broken = shutil.copytree(grpo.DATA_DIR, tmp_path / "1.0.0")
+    damage(broken / file, how)
+    with pytest.raises(SystemExit) as stopped:
+        grpo.load_mnist(broken)
+    assert stopped.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("錯誤：讀不出 ")
+    assert "git checkout" in line
+
+
+def test_a_copied_lesson_without_data_says_how_to_restore_it(tmp_path):
+    shutil.copy(lessons.script("4_GRPO_MNIST"), tmp_path / "grpo_mnist.py")
+    command = [sys.executable, "grpo_mnist.py"]
+    environment = lessons.environment() | {"HOME": "/nonexistent"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("錯誤：讀不出 ")
+
+
+# 訓練與比較 ------------------------------------------------------------------------------------------
+
+
+def small(data, count=512):
+    return grpo.Data(*(grpo.Split(split.images[:count], split.labels[:count]) for split in data))
+
+
+def test_each_epoch_sees_every_image_once_and_counts_are_right(data, monkeypatch):
+    """每輪的順序是不重複的編號；採樣準確率是平均獎勵。"""
+    seen = []
+    log = grpo.EpochLog(
+        np.array([0.5, 0.7]), np.array([0.0, 0.5]), np.array([0.1, 0.2]), np.zeros((2, 3)), np.ones((2, 3))
+    )
+    monkeypatch.setattr(grpo, "train_epoch", lambda agent, data, order, train_epochs: seen.append(order) or log)
+    result = grpo.train(grpo.Config(num_epochs=2, batch_size=200), small(data), progress=False)
+    assert [order.shape for order in seen] == [(2, 200)] * 2
+    assert all(len(set(order.ravel())) == 400 and order.max() < 512 for order in seen)
+    assert not np.array_equal(*seen)
+    assert result.train_accuracy == pytest.approx([60, 60])
+    assert result.silent_shares == [0.25] * 2
+    assert result.residuals == pytest.approx([0.15 / 0.24] * 2)
+    assert result.outside_shares == [1.0] * 2
+
+
+def test_evaluation_is_greedy(data):
+    agent = grpo.GRPOAgent(grpo.Config())
+    subset = small(data).test
+    logits = np.asarray(agent.actor(subset.images / 255).logits)
+    assert grpo.evaluate(agent.actor, subset) == pytest.approx(100 * np.mean(logits.argmax(axis=1) == subset.labels))
+
+
+def test_the_spread_of_the_baseline_follows_the_formula(data):
+    """一張圖片答對的機率各不相同，批次平均的標準差仍是 √(p(1 - p) / B)。"""
+    spreads = grpo.baseline_spreads(grpo.GRPOAgent(grpo.Config()).actor, small(data).train, seed=0)
+    assert list(spreads) == [f"batch_{size}" for size in grpo.BATCH_SIZES]
+    for measured, formula in spreads.values():
+        assert measured == pytest.approx(formula, rel=0.15)
+
+
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["grpo_mnist.py", *flags])
+    grpo.main()
+
+
+def fake_training(monkeypatch, data, stop=None, stop_at=None):
+    """不真的訓練；第 stop_at 次的時候按下 Ctrl-C。"""
+    calls = []
+
+    def train(config, data, stop, progress=True):
+        calls.append(config)
+        if len(calls) == stop_at:
+            stop.set()
+        score = [50.0, 90.0 + len(calls)]
+        return grpo.Result(grpo.GRPOAgent(config), score, score, [0.5] * 2, [1.0] * 2, [0.0] * 2, [0.1] * 2)
+
+    monkeypatch.setattr(grpo, "train", train)
+    monkeypatch.setattr(grpo, "load_mnist", lambda: small(data, 64))
+    monkeypatch.setattr(grpo, "COMPARE_SEEDS", 2)
+    if stop:
+        monkeypatch.setattr(grpo, "stop_on_ctrl_c", lambda: stop)
+    return calls
+
+
+def test_compare_leaves_figures_a_table_and_numbers(data, monkeypatch, tmp_path, capsys):
+    calls = fake_training(monkeypatch, data)
+    run_main(monkeypatch, "--compare", "--out-dir", str(tmp_path))
+    rows = metrics(tmp_path)["comparison"]
+    assert list(rows) == list(grpo.variants(grpo.Config()))
+    assert [config.seed for config in calls] == [0] * len(rows) + [1] * len(rows)
+    assert rows["default"]["test_accuracy"] == [[50.0, 92.0], [50.0, 92.0 + len(rows)]]
+    table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert table == grpo.comparison_table(rows)
+    assert table in capsys.readouterr().out
+    assert f"| `default` | {92 + len(rows) / 2:.2f} |" in table
+    assert (tmp_path / "comparison.png").stat().st_size > 0
+
+
+def test_an_interrupted_comparison_keeps_what_is_done(data, monkeypatch, tmp_path, capsys):
+    stop = threading.Event()
+    fake_training(monkeypatch, data, stop, stop_at=3)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, "--compare", "--out-dir", str(tmp_path))
+    assert stopped.value.code == 130
+    assert list(metrics(tmp_path)["comparison"]) == ["notes", "default"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("已中斷：完成 2 次訓練")
+
+
+def test_compare_changes_one_thing_at_a_time():
+    variants = grpo.variants(grpo.Config())
+    default = variants["default"]
+    assert default == grpo.Config()
+    for name, changed in {"image_4": {"group"}, "image_16": {"group", "group_size"}, "ppo": {"algorithm"}}.items():
+        differences = {key for key, value in vars(variants[name]).items() if value != getattr(default, key)}
+        assert differences == changed
+    assert {key for key, value in vars(variants["batch_256"]).items() if value != getattr(default, key)} == {
+        "group_size"
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    flags = "--num-epochs 1 --batch-size 8192 --learning-rate 1 --beta 1e6 --no-anneal-learning-rate --out-dir out"
+    result = run("4_GRPO_MNIST", flags, tmp_path)
+    assert result.returncode == 1
+    assert re.fullmatch(r"錯誤：第 \d 次更新的損失不是有限的數；把學習率調小再試", result.stderr.splitlines()[-1])
+
+
+def test_default_run_reaches_the_target(data, tmp_path):
+    result = run("4_GRPO_MNIST", "--out-dir out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("達標：")
+    recorded = metrics(tmp_path / "out")
+    assert len(recorded["train_accuracy"]) == len(recorded["test_accuracy"]) == 10
+    assert recorded["train_accuracy"][-1] >= 97.34
+    assert recorded["test_accuracy"][-1] >= 97.2
+    assert recorded["parameters"] == recorded["bytes"]["parameters"] / 4 == 118_282
+    files = {"learning_curve.png", "mistakes.png", "weights.npz", "metrics.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+
+    with np.load(tmp_path / "out" / "weights.npz", allow_pickle=False) as arrays:  # 存下來的就是評估過的網路
+        x = np.asarray(data.test.images) / np.float32(255)
+        for layer in ("fc1", "fc2"):
+            x = np.maximum(x @ arrays[f"{layer}/kernel"] + arrays[f"{layer}/bias"], 0)
+        guesses = (x @ arrays["fc_out/kernel"] + arrays["fc_out/bias"]).argmax(axis=1)
+    assert 100 * np.mean(guesses == data.test.labels) == pytest.approx(recorded["test_accuracy"][-1], abs=0.02)
