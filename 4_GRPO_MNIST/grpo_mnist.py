@@ -395,6 +395,7 @@ def evaluate(actor: Actor, data: Split) -> float:
 @dataclass
 class Result:
     agent: GRPOAgent
+    env_steps: int = 0  # 一共採樣了幾個答案；一個答案就是一步的回合
     # 以下每一輪一個數字
     train_accuracy: list[float] = field(default_factory=list)  # 訓練時採樣的準確率 (%)，筆記印的數字
     test_accuracy: list[float] = field(default_factory=list)  # 這一輪之後，測試集上貪婪的準確率 (%)
@@ -427,6 +428,7 @@ def train(config: Config, data: Data, stop: threading.Event | None = None, progr
                 step = len(result.test_accuracy) * finite.size + np.argmin(finite) + 1
                 raise FloatingPointError(f"第 {step} 次更新的損失不是有限的數")
             result.epoch_seconds.append(time.perf_counter() - epoch_start)
+            result.env_steps += order.size * config.group_size
             accuracy = float(log.reward.mean())
             result.train_accuracy.append(100 * accuracy)
             result.silent_shares.append(float(log.silent.mean()))
@@ -440,21 +442,22 @@ def train(config: Config, data: Data, stop: threading.Event | None = None, progr
     return result
 
 
-def count_bytes(agent: GRPOAgent) -> dict[str, int]:
-    """訓練狀態佔的位元組，從陣列量出來；梯度是真的算一次。"""
+def array_bytes(tree) -> int:
+    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
-    def size(tree) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
+def memory_bytes(agent: GRPOAgent) -> dict[str, int]:
+    """訓練時要記住的東西，各佔幾個位元組，從陣列量出來；梯度是真的算一次。"""
     models = [model for model in (agent.actor, agent.critic) if model]
     optimizers = [optimizer for optimizer in (agent.actor_optimizer, agent.critic_optimizer) if optimizer]
     states = jnp.zeros((1, STATE_DIM))
     output = {Actor: lambda actor: actor(states).logits.sum(), Critic: lambda critic: critic(states).sum()}
     return {
-        "parameters": size([nnx.state(model, nnx.Param) for model in models]),
-        "gradients": size([nnx.jit(nnx.grad(output[type(model)]))(model) for model in models]),
-        "adam_moments": size([(opt.opt_state[0].mu, opt.opt_state[0].nu) for opt in optimizers]),
-        "reference": size(nnx.state(agent.reference, nnx.Param)) if agent.reference else 0,
+        "parameters": array_bytes([nnx.state(model, nnx.Param) for model in models]),
+        "gradients": array_bytes([nnx.jit(nnx.grad(output[type(model)]))(model) for model in models]),
+        "moments": array_bytes([nnx.state(optimizer) for optimizer in optimizers]),
+        "reference": array_bytes(nnx.state(agent.reference, nnx.Param)) if agent.reference else 0,
     }
 
 
@@ -504,7 +507,7 @@ def draw_mistakes(agent: GRPOAgent, data: Split, out_dir: Path) -> None:
 # 8. 比較 ---------------------------------------------------------------------------------------------
 
 BATCH_SIZES = (64, 256, 1024, 4096)
-STATE_NAMES = {"parameters": "parameters", "gradients": "gradients", "adam_moments": "Adam moments"}
+STATE_NAMES = {"parameters": "parameters", "gradients": "gradients", "moments": "Adam moments"}
 
 
 def variants(config: Config) -> dict[str, Config]:
@@ -546,7 +549,7 @@ def compare(config: Config, data: Data, stop: threading.Event) -> dict:
                     return {name: row for name, row in rows.items() if row["test_accuracy"]}
                 for column in columns:
                     rows[name][column].append(getattr(result, column))
-                rows[name]["bytes"] = count_bytes(result.agent)
+                rows[name]["memory_bytes"] = memory_bytes(result.agent)
                 if name == "notes":
                     for size, spread in baseline_spreads(result.agent.actor, data.train, seed).items():
                         rows[size]["spreads"].append(spread)
@@ -580,7 +583,7 @@ def comparison_table(rows: dict) -> str:
             shares = ["—"] * 3
         methods.append([f"`{name}`", *accuracies, *shares, seconds])
         if name in ("default", "ppo", "supervised"):
-            states = [row["bytes"][key] for key in STATE_NAMES]
+            states = [row["memory_bytes"][key] for key in STATE_NAMES]
             sizes.append([f"`{name}`", *(f"{size:,}" for size in (*states, sum(states)))])
     accuracy = ["訓練集，採樣 (%)", "測試集，貪婪 (%)", "測試集，最差的種子"]
     return "\n".join(
@@ -608,7 +611,7 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
     for i, name in enumerate(("supervised", "default", "ppo")):
         left_edge = 0.0
         for j, (key, label) in enumerate(STATE_NAMES.items()):
-            size = rows[name]["bytes"][key] / 1e6
+            size = rows[name]["memory_bytes"][key] / 1e6
             right.barh(i, size, left=left_edge, color=f"C{j}", label=label if i == 0 else None)
             left_edge += size
     right.set_yticks(range(3), labels=("supervised", "GRPO (default)", "PPO"))
@@ -641,6 +644,7 @@ def require_bounds(config, bounds: dict) -> None:
 
 def parse_config(config_class, description: str):
     """命令列 → config_class；看不懂就印一行錯誤，以狀態 2 結束，不印 tyro 的方框。"""
+    sys.stdout.reconfigure(errors="replace")  # 印不出中文的終端機看到問號，不會中斷
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
@@ -732,8 +736,9 @@ def main() -> None:
     save_weights(result.agent.actor, config.out_dir / "weights.npz")
     results = {"train_accuracy": result.train_accuracy, "test_accuracy": result.test_accuracy}
     results |= {"parameters": sum(x.size for x in jax.tree.leaves(nnx.state(result.agent.actor, nnx.Param)))}
-    results |= {"bytes": count_bytes(result.agent), "outside_shares": result.outside_shares}
-    results |= {"silent_shares": result.silent_shares, "residuals": result.residuals}
+    results |= {"env_steps": result.env_steps, "memory_bytes": memory_bytes(result.agent)}
+    results |= {"outside_shares": result.outside_shares, "silent_shares": result.silent_shares}
+    results |= {"residuals": result.residuals}
     save_metrics(config, result.seconds, device, **results)
     reached = train_accuracy >= TRAIN_TARGET and test_accuracy >= TEST_TARGET
     figure = f"訓練集採樣 {train_accuracy:.2f} %、測試集貪婪 {test_accuracy:.2f} %"

@@ -21,6 +21,7 @@ CORE_HELPERS = {
 }  # fmt: skip
 SHARED_HELPERS = CORE_HELPERS | {
     "has_display", "save_gif", "save_weights", "load_weights", "watch", "draw_curves", "array_bytes",
+    "clipped_objective",
 }  # fmt: skip
 
 pytestmark = pytest.mark.parametrize("lesson", LESSONS)

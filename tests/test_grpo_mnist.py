@@ -261,10 +261,10 @@ def test_bytes_are_those_of_the_arrays():
     """參數 784·128 + 128 + 128·128 + 128 + 128·10 + 10，一個 4 位元組；評論家的輸出層只有 129 個。"""
     actor = 4 * (784 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10)
     critic = actor - 4 * (129 * 9)
-    expected = {"parameters": actor, "gradients": actor, "adam_moments": 2 * actor, "reference": 0}
-    assert grpo.count_bytes(grpo.GRPOAgent(grpo.Config())) == expected
-    assert grpo.count_bytes(grpo.GRPOAgent(grpo.Config(beta=1.0)))["reference"] == actor
-    ppo = grpo.count_bytes(grpo.GRPOAgent(grpo.Config(algorithm="ppo")))
+    expected = {"parameters": actor, "gradients": actor, "moments": 2 * actor, "reference": 0}
+    assert grpo.memory_bytes(grpo.GRPOAgent(grpo.Config())) == expected
+    assert grpo.memory_bytes(grpo.GRPOAgent(grpo.Config(beta=1.0)))["reference"] == actor
+    ppo = grpo.memory_bytes(grpo.GRPOAgent(grpo.Config(algorithm="ppo")))
     assert ppo == {name: size // actor * (actor + critic) for name, size in expected.items()}
 
 
@@ -470,7 +470,7 @@ def test_default_run_reaches_the_target(data, tmp_path):
     assert len(recorded["train_accuracy"]) == len(recorded["test_accuracy"]) == 10
     assert recorded["train_accuracy"][-1] >= 97.34
     assert recorded["test_accuracy"][-1] >= 97.2
-    assert recorded["parameters"] == recorded["bytes"]["parameters"] / 4 == 118_282
+    assert recorded["parameters"] == recorded["memory_bytes"]["parameters"] / 4 == 118_282
     files = {"learning_curve.png", "mistakes.png", "weights.npz", "metrics.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
