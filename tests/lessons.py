@@ -21,6 +21,7 @@ SHORT = {
     "1_Q_Learning": "--episodes 300 --decay-episodes 150",
     "2_Cart_Pole_DQN": "--total-steps 2000 --updates-per-train 16",
     "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
+    "5_Sharding_Demo": "--strategies data_model --steps 3 --num-layers 1",
 }
 EVERY_FLAG = {
     "1_Q_Learning": [
@@ -41,6 +42,12 @@ EVERY_FLAG = {
         "--actor-learning-rate 3e-4 --critic-learning-rate 3e-3 --gamma 0.9 --gae-lambda 0.9 --clip-epsilon 0.1 "
         "--seed 7 --num-steps 50 --num-envs 3 --minibatch-size 40 --train-epochs 3 --total-steps 700",
         "--algorithm reinforce --num-envs 2 --total-steps 800",
+    ],
+    "5_Sharding_Demo": [
+        "--strategies fsdp --rules batch=data,mlp=data+model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "
+        "--sequence-length 16 --num-layers 1 --embed-dim 64 --mlp-dim 64 --num-heads 8 --num-kv-heads 4 "
+        "--learning-rate 3e-3",
+        "--ledger llama3-8b --ledger-meshes 1x16 --strategies model data_model",
     ],
 }
 WRONG = {
@@ -89,6 +96,32 @@ WRONG = {
         "--compare --num-envs 1 --num-steps 200 --minibatch-size 201",
         "--watch no-such-file.npz",
     ],
+    "5_Sharding_Demo": [
+        "--seed -1",
+        "--no-such-flag 1",
+        "--strategies pipeline",
+        "--mesh 3x2",
+        "--mesh 8",
+        "--mesh 0x8",
+        "--rules batch",
+        "--rules width=model",
+        "--rules mlp=pipe",
+        "--rules mlp=data+data",
+        "--rules embed=model,mlp=model",
+        "--rules batch=data,sequence=data",
+        "--batch-size 6",
+        "--mlp-dim 100",
+        "--num-kv-heads 4",
+        "--num-kv-heads 5",
+        "--embed-dim 100",
+        "--steps 0",
+        "--learning-rate nan",
+        "--ledger llama9",
+        "--ledger-meshes 64x64",
+        "--num-processes 2",
+        "--coordinator nowhere",
+        "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
+    ],
 }
 RESULTS = {
     "1_Q_Learning": {
@@ -100,12 +133,29 @@ RESULTS = {
         "env_steps": ("訓練走了幾步", "{:,.0f}"),
     },
     "3_Pendulum": {"eval_mean": ("評估 100 回合的平均回報", "{:.1f}")},
+    "5_Sharding_Demo": {"max_relative_difference": ("損失與 single 的最大相對差", "{:.1e}")},
+}
+# 與隨機種子無關的數字，試驗表裡各佔一欄。
+CONSTANTS = {
+    "5_Sharding_Demo": {
+        "device_kb": ("一個裝置的參數、梯度、動量 (KB)", "{:,.1f}"),
+        "collective_kb": ("一步的通訊量 (KB)", "{:,.1f}"),
+    },
+}
+# README 的比較表：區塊與紀錄檔的名字 → 旗標、metrics.json 的鍵、畫表格的函式。
+COMPARISONS = {
+    "5_Sharding_Demo": {
+        "comparison": ("", "strategies", "comparison_table"),
+        "ledger": ("--ledger llama3-8b", "ledger", "ledger_table"),
+        "ledger_70b": ("--ledger llama3-70b", "ledger", "ledger_table"),
+    },
 }
 HIGHER_IS_BETTER = {
     "eval_mean": True,
     "env_steps": False,
     "max_abs_error": False,
     "greedy_return": True,
+    "max_relative_difference": False,
 }  # 試驗表的「最差」往哪邊找
 
 
@@ -127,8 +177,11 @@ def load(lesson: str) -> ModuleType:
 
 
 def environment() -> dict[str, str]:
-    """子行程的環境：碰到網路就以狀態 97 結束 (見 no_network/sitecustomize.py)；編譯過的程式在測試之間共用。"""
-    return os.environ | {
+    """子行程的環境：碰到網路就以狀態 97 結束 (見 no_network/sitecustomize.py)；編譯過的程式在測試之間共用。
+
+    XLA_FLAGS 不傳下去：pytest 自己的假裝置 (見 conftest.py) 不關子行程的事。
+    """
+    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
         "PYTHONPATH": str(ROOT / "tests" / "no_network"),
         "PYTHONUTF8": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
@@ -171,8 +224,10 @@ def defaults(lesson: str) -> dict[str, str]:
 def show_default(value) -> str:
     if isinstance(value, bool):
         return "開" if value else "關"
-    if value is None:
+    if value is None or value == "":
         return "無"
+    if isinstance(value, tuple):
+        return " ".join(value)
     if isinstance(value, Path):
         return value.relative_to(value.parent.parent).name + "/"
     return f"{value:,}" if isinstance(value, int) else str(value)
