@@ -168,7 +168,7 @@ BOUNDS = {  # 每個數值旗標的下限與上限
 
 
 def check(config: Config) -> None:
-    """不合理的值在做任何事之前就拒絕 (結束狀態 2)；裝置的個數由 start_devices 檢查。"""
+    """不合理的值在做任何事之前就拒絕 (結束狀態 2)；裝置與 Mesh 由 check_mesh 檢查。"""
     require_bounds(config, BOUNDS)
     require(
         config.process_id < config.num_processes,
@@ -204,11 +204,24 @@ def check(config: Config) -> None:
     require(
         config.ledger == "none" or bool(config.ledger_meshes), "--ledger-meshes 是空的", "至少要一張 Mesh，例如 4x2"
     )
-    sizes = axis_sizes(config.llama, config.batch_size, config.sequence_length)
     for strategy, rules in config.rule_books.items():
         check_rules(strategy, rules)
-        if config.ledger == "none" and strategy != "single":
-            require_divisible(strategy, rules, sizes, parse_mesh(config.mesh))
+
+
+def check_mesh(config: Config) -> None:
+    """裝置的個數要等於 Mesh 的大小，每個維度都要切得開；要在 start_devices 之後。"""
+    devices, mesh = jax.device_count(), parse_mesh(config.mesh)
+    fits = "、".join(f"{n}x{devices // n}" for n in range(1, devices + 1) if devices % n == 0)
+    size = math.prod(mesh.values())
+    require(size == devices, f"--mesh {config.mesh} 要 {size} 個裝置，這裡有 {devices} 個", f"{fits} 才合")
+    sizes = axis_sizes(config.llama, config.batch_size, config.sequence_length)
+    for strategy, rules in config.rule_books.items():
+        problem = None if strategy == "single" else indivisible(rules, sizes, mesh)
+        if problem:
+            axis, parts = problem
+            where = " × ".join(f"{name} 軸 {mesh[name]}" for name in mesh_axes(rules[axis]))
+            wrong = f"{strategy} 把 {axis} 的 {sizes[axis]} 切成 {parts} 份 ({where})，除不盡"
+            fail(f"{wrong}；要是 {parts} 的倍數", status=2)
 
 
 # 2. 規則手冊：邏輯軸 → Mesh 軸 -----------------------------------------------------------------------
@@ -294,14 +307,6 @@ def indivisible(rules: dict, sizes: dict, mesh: dict) -> tuple[str, int] | None:
     return None
 
 
-def require_divisible(strategy: str, rules: dict, sizes: dict, mesh: dict) -> None:
-    problem = indivisible(rules, sizes, mesh)
-    if problem:
-        axis, parts = problem
-        where = " × ".join(f"{name} 軸 {mesh[name]}" for name in mesh_axes(rules[axis]))
-        fail(f"{strategy} 把 {axis} 的 {sizes[axis]} 切成 {parts} 份 ({where})，除不盡；要是 {parts} 的倍數", status=2)
-
-
 # 3. 裝置與 Mesh --------------------------------------------------------------------------------------
 
 
@@ -319,15 +324,13 @@ def start_devices(config: Config) -> None:
         jax.distributed.initialize()
     elif config.coordinator:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    devices = jax.device_count()
     if config.ledger != "none":
+        devices = jax.device_count()
         require(
             devices >= wanted, f"--ledger-meshes 要 {wanted} 個裝置，這裡有 {devices} 個", f"XLA_FLAGS 不要設 {flag}"
         )
-        return
-    fits = "、".join(f"{n}x{devices // n}" for n in range(1, devices + 1) if devices % n == 0)
-    size = math.prod(parse_mesh(config.mesh).values())
-    require(size == devices, f"--mesh {config.mesh} 要 {size} 個裝置，這裡有 {devices} 個", f"{fits} 才合")
+    else:
+        check_mesh(config)
 
 
 def make_mesh(shape: dict[str, int], devices: list | None = None) -> Mesh:
@@ -492,22 +495,35 @@ class Collective(NamedTuple):
     line: str
 
 
-def device_groups(line: str) -> np.ndarray:
-    """一行 HLO → 互相通訊的裝置，形狀 (組, 一組幾個)。裝置用它在 Mesh 裡的順序編號；寫法有四種。"""
+def device_groups(line: str) -> np.ndarray | None:
+    """一行 HLO → 互相通訊的裝置，形狀 (組, 一組幾個)；認不得的寫法是 None。裝置照它在 Mesh 裡的順序編號。"""
+
+    def numbers(text: str | None) -> list[int] | None:
+        return [int(number) for number in text.split(",")] if text else None
+
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return np.array(re.findall(r"(\d+),(\d+)", pairs[0]), int)
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return np.array([group.split(",") for group in re.findall(r"\{([\d,]+)\}", listed[1])], int)
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
-        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):  # {{0,1},{2,3}}
+        return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    tiles = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [4,2]T(1,0)：0 到 7 排成 4×2，再轉置
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={tiles}", line):
+        shape, dims, order = map(numbers, iota.groups())
+        return np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims))).reshape(shape)
+    if named := re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({tiles}\))? \{{('[\w',]+')\}}", line):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        chosen = re.findall(r"'(\w+)'", named[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        dims, order = numbers(named[2]) or [*sizes.values()], numbers(named[3])
+        chosen = re.findall(r"'(\w+)'", named[4])
+        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims))).reshape(*sizes.values())
         ids = np.moveaxis(ids, [list(sizes).index(axis) for axis in chosen], range(-len(chosen), 0))
         return ids.reshape(-1, math.prod(sizes[axis] for axis in chosen))
-    raise ValueError(f"看不懂這一行的裝置分組：{line}")
+    return None
+
+
+def varying_axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """一組裝置沿著哪些 Mesh 軸排開：座標在那個軸上有變化。"""
+    coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)
+    varies = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
+    return tuple(axis for axis, used in zip(mesh.axis_names, varies, strict=True) if used)
 
 
 def read_collectives(program_text: str, mesh: Mesh) -> list[Collective]:
@@ -522,11 +538,10 @@ def read_collectives(program_text: str, mesh: Mesh) -> list[Collective]:
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
         ]
         groups = device_groups(line)
-        coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)
-        varies = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
-        axes = tuple(axis for axis, used in zip(mesh.axis_names, varies, strict=True) if used)
-        operation, size = match[2], sum(sizes) // (2 if match[3] and match[2] == "all-reduce" else 1)
-        size *= groups.shape[1] if operation == "reduce-scatter" else 1
+        axes = ("?",) if groups is None else varying_axes(groups, mesh)
+        operation, size = match[2], sum(sizes) // (2 if match[3] else 1)
+        if operation == "reduce-scatter" and groups is not None:
+            size *= groups.shape[1]
         found.append(Collective(operation, axes, size, line.split(", metadata=")[0].strip()))
     return found
 
