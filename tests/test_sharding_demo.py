@@ -145,7 +145,7 @@ def trajectory(strategy, mesh="4x2", steps=3):
         program = demo.plan(config.llama, config, device_mesh, rules, config.batch_size, config.sequence_length)
         step = demo.compile_step(program)
         state = demo.initial_state(program, config, config.llama)
-        start = {path[-1]: np.asarray(array[...]) for path, array in leaves(state.filter(demo.nnx.Param))}
+        start = {path[-1]: np.asarray(array[...]) for path, array in leaves(demo.nnx.filter_state(state, demo.nnx.Param))}
         for _ in range(steps):
             batch = [rng.integers(0, 256, (8, 12)).astype(np.int32) for _ in range(2)]
             arrays = [demo.distribute(x, program.tokens.sharding) for x in batch]
@@ -317,8 +317,10 @@ def test_an_unknown_notation_is_counted_and_marked():
 PROGRAM = """
   %a = (f32[2,3]{1,0}, /*index=1*/bf16[4]{0}) all-reduce(%x, %y), replica_groups=[4,2]<=[8], metadata={op_name="z"}
   %b = f32[10]{0} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
-  %c = (f32[8]{0}, f32[8]{0}) all-reduce-start(%x), replica_groups=[1,8]<=[8]
-  %d = f32[8]{0} all-reduce-done(%c)
+  %c = (f32[8]{0}, f32[4]{0}) all-reduce-start(%x, %y), replica_groups=[1,8]<=[8]
+  %d = (f32[8]{0}, f32[4]{0}) all-reduce-done(%c)
+  %f = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %g = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
   %e = f32[] add(%p, %q), metadata={op_name="all-reduce(x)"}
 """
 
@@ -329,7 +331,9 @@ def test_reading_collectives_from_a_program():
     assert [c[:3] for c in found] == [
         ("all-reduce", ("model",), 2 * 3 * 4 + 4 * 2),
         ("reduce-scatter", ("data",), 4 * 10 * 4),  # 通訊前是通訊後的四倍
-        ("all-reduce", ("data", "model"), 8 * 4),
+        ("all-reduce", ("data", "model"), (8 + 4) * 4),
+        ("all-gather", ("data",), 8 * 4),
+        ("collective-permute", ("model",), 3 * 4),
     ]
     assert "metadata" not in found[0].line
 
