@@ -441,7 +441,7 @@ def cross_entropy(model: Transformer, inputs: jax.Array, targets: jax.Array) -> 
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
 
-def create(llama: Llama, learning_rate: float, seed: int) -> tuple[Transformer, nnx.Optimizer]:
+def create(llama: Llama, learning_rate: float, seed: int | jax.Array) -> tuple[Transformer, nnx.Optimizer]:
     key = jax.random.key(seed, impl="rbg")  # 編譯得快；怎麼切，抽到的數字都一樣
     model = Transformer(llama, nnx.Rngs(key))
     return model, nnx.Optimizer(model, optax.adam(learning_rate), wrt=nnx.Param)
@@ -602,8 +602,8 @@ class Result:
 def initial_state(program: Program, config: Config, llama: Llama) -> nnx.State:
     """每個裝置只建立自己的那一塊；任何一個裝置都不必放下整個模型。"""
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
-    build = jax.jit(lambda: nnx.state(create(llama, config.learning_rate, config.seed)), out_shardings=shardings)
-    return build()
+    build = jax.jit(lambda seed: nnx.state(create(llama, config.learning_rate, seed)), out_shardings=shardings)
+    return build(np.uint32(config.seed))
 
 
 def train_strategy(config: Config, strategy: str, text: np.ndarray, stop: threading.Event | None, bar) -> Result:

@@ -21,7 +21,7 @@ SHORT = {
     "1_Q_Learning": "--episodes 300 --decay-episodes 150",
     "2_Cart_Pole_DQN": "--total-steps 2000 --updates-per-train 16",
     "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
-    "5_Sharding_Demo": "--strategies data_model --steps 3 --num-layers 1",
+    "5_Sharding_Demo": "--strategies data_model --steps 2 --num-layers 1 --sequence-length 32",
 }
 EVERY_FLAG = {
     "1_Q_Learning": [
@@ -44,10 +44,10 @@ EVERY_FLAG = {
         "--algorithm reinforce --num-envs 2 --total-steps 800",
     ],
     "5_Sharding_Demo": [
-        "--strategies fsdp --rules batch=data,mlp=data+model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "
+        "--strategies single --rules batch=data,mlp=data+model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "
         "--sequence-length 16 --num-layers 1 --embed-dim 64 --mlp-dim 64 --num-heads 8 --num-kv-heads 4 "
         "--learning-rate 3e-3",
-        "--ledger llama3-8b --ledger-meshes 1x16 --strategies model data_model",
+        "--ledger llama3-8b --ledger-meshes 1x64 --strategies model",
     ],
 }
 WRONG = {

@@ -145,7 +145,8 @@ def trajectory(strategy, mesh="4x2", steps=3):
         program = demo.plan(config.llama, config, device_mesh, rules, config.batch_size, config.sequence_length)
         step = demo.compile_step(program)
         state = demo.initial_state(program, config, config.llama)
-        start = {path[-1]: np.asarray(array[...]) for path, array in leaves(demo.nnx.filter_state(state, demo.nnx.Param))}
+        parameters = demo.nnx.filter_state(state, demo.nnx.Param)
+        start = {path[-1]: np.asarray(array[...]) for path, array in leaves(parameters)}
         for _ in range(steps):
             batch = [rng.integers(0, 256, (8, 12)).astype(np.int32) for _ in range(2)]
             arrays = [demo.distribute(x, program.tokens.sharding) for x in batch]
@@ -283,6 +284,17 @@ def test_fsdp_gathers_the_weights_it_has_split():
     half = sum(array.nbytes for array in weights) / 2  # 用之前，沿著 data 軸收齊自己的那一半
     assert sum(c.bytes for c in gathered) >= half
     assert not any(c.operation == "all-gather" for c in collectives("data_model"))
+
+
+def test_without_constraints_the_compiler_communicates_much_more(monkeypatch):
+    """README 程式導讀第 3 點：FSDP 拿掉 constrain。"""
+    monkeypatch.setattr(demo, "constrain", lambda x, name: x)
+    config = small_config(num_kv_heads=8)
+    mesh, rules = demo.strategy_mesh(config, "fsdp"), config.rule_books["fsdp"]
+    with demo.rule_book(mesh, rules):
+        step = demo.compile_step(demo.plan(config.llama, config, mesh, rules, config.batch_size, 12))
+    found = demo.read_collectives(step.as_text(), mesh)
+    assert sum(c.bytes for c in found) > 2 * sum(c.bytes for c in collectives("fsdp"))
 
 
 def test_every_collective_is_outside_of_a_loop():
@@ -428,37 +440,35 @@ def test_training_text_follows_the_readmes_and_targets_follow_inputs():
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
 
 
-TINY = (
-    "--strategies data_model --steps 2 --num-layers 1 --batch-size 8 --sequence-length 16 --embed-dim 64 --mlp-dim 64"
-)
-
-
 def test_two_processes_find_the_losses_of_one(tmp_path):
-    """兩個行程各有四個假裝置，經由 loopback 合成一張 4x2 的 Mesh。"""
+    """兩個行程各有四個假裝置，經由 loopback 合成一張 4x2 的 Mesh；對照是這個行程的八個假裝置。"""
+    config = small_config(num_kv_heads=8, strategies=("data_model",), steps=2)
+    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in demo.BOUNDS if "process" not in name]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(script("5_Sharding_Demo")), *TINY.split(), "--coordinator", f"127.0.0.1:{port}"]
+    command = [sys.executable, str(script("5_Sharding_Demo")), *flags, "--coordinator", f"127.0.0.1:{port}"]
+    command += ["--num-processes", "2", "--strategies", "data_model"]
     processes = [
         subprocess.Popen(
-            [*command, "--num-processes", "2", "--process-id", str(i), "--out-dir", f"out{i}"],
+            [*command, "--process-id", str(i), "--out-dir", f"out{i}"],
             cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         )
         for i in range(2)
     ]  # fmt: skip
+    alone = demo.train(config, progress=False)
     outputs = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0].splitlines()[-1] == "結果存在 out0"
     assert "達標" not in outputs[1][0]
     assert list((tmp_path / "out1").iterdir()) == []
-    result = run("5_Sharding_Demo", f"{TINY} --out-dir alone", tmp_path)
-    assert result.returncode == 0, result.stderr
-    together, alone = metrics(tmp_path / "out0"), metrics(tmp_path / "alone")
-    assert together["device"]["count"] == alone["device"]["count"] == 8
-    for name in ("single", "data_model"):
-        ours, theirs = together["strategies"][name], alone["strategies"][name]
-        np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-5)
-        assert ours["bytes"] == theirs["bytes"]
+    together = metrics(tmp_path / "out0")
+    assert together["device"]["count"] == 8
+    for name, result in alone.items():
+        row = together["strategies"][name]
+        np.testing.assert_allclose(row["losses"], result.losses, rtol=1e-5)
+        assert row["bytes"] == result.bytes
+        assert row["test_loss"] == pytest.approx(result.test_loss, rel=1e-5)
 
 
 def test_default_run_reaches_the_target(tmp_path):
