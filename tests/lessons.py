@@ -44,7 +44,7 @@ EVERY_FLAG = {
         "--algorithm reinforce --num-envs 2 --total-steps 800",
     ],
     "5_Sharding_Demo": [
-        "--strategies single --rules batch=data,mlp=data+model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "
+        "--strategies single --rules batch=data,mlp=model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "
         "--sequence-length 16 --num-layers 1 --embed-dim 64 --mlp-dim 64 --num-heads 8 --num-kv-heads 4 "
         "--learning-rate 3e-3",
         "--ledger llama3-8b --ledger-meshes 1x64 --strategies model",

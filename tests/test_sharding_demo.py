@@ -288,13 +288,13 @@ def test_fsdp_gathers_the_weights_it_has_split():
 
 def test_without_constraints_the_compiler_communicates_much_more(monkeypatch):
     """README 程式導讀第 3 點：FSDP 拿掉 constrain。"""
+    expected = sum(c.bytes for c in collectives("fsdp"))
     monkeypatch.setattr(demo, "constrain", lambda x, name: x)
     config = small_config(num_kv_heads=8)
     mesh, rules = demo.strategy_mesh(config, "fsdp"), config.rule_books["fsdp"]
     with demo.rule_book(mesh, rules):
         step = demo.compile_step(demo.plan(config.llama, config, mesh, rules, config.batch_size, 12))
-    found = demo.read_collectives(step.as_text(), mesh)
-    assert sum(c.bytes for c in found) > 2 * sum(c.bytes for c in collectives("fsdp"))
+    assert sum(c.bytes for c in demo.read_collectives(step.as_text(), mesh)) > 1.3 * expected
 
 
 def test_every_collective_is_outside_of_a_loop():
