@@ -809,7 +809,7 @@ def draw_learning_curve(results: dict[str, Result], config: Config) -> None:
             bottom.semilogy(steps[: len(difference)], difference, ".-", color=f"C{i}")
     bottom.axhline(TARGET_DIFFERENCE, color="0.4", linestyle=":", label=f"target: {TARGET_DIFFERENCE:.0e}")
     top.set(ylabel="loss (nat per byte)", title="Same seed, same batches: the strategies agree")
-    bottom.set(xlabel="step", ylabel="relative difference (0 drawn at 1e-9)", ylim=(5e-10, 1e-3))
+    bottom.set(xlabel="step", ylabel="relative difference\n(0 drawn at 1e-9)", ylim=(5e-10, 1e-3))
     bottom.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     top.legend()
     bottom.legend()

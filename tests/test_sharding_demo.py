@@ -496,7 +496,7 @@ def test_default_run_reaches_the_target(tmp_path):
     assert len(excerpt) >= 2
     for line in excerpt:
         assert any(all(part in full for part in line.split(" … ")) for full in program), line
-    table = re.search(r"\| 權重 \|.*?\n\n", text, re.DOTALL)[0].splitlines()
+    table = re.search(r"\| 權重 \| 邏輯軸 .*?\n\n", text, re.DOTALL)[0].strip().splitlines()
     assert len(table) == 2 + len(demo.WEIGHTS)
     shown = result.stdout.split("data_model：Mesh")[1].splitlines()
-    assert set(filter(None, table)) <= set(shown)
+    assert set(table) <= set(shown)
