@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 
 from lessons import (
+    COMPARISONS,
+    CONSTANTS,
     FRONT_PAGE,
     HIGHER_IS_BETTER,
     LESSONS,
@@ -62,7 +64,8 @@ def run_once(lesson: str, flags: str, out_dir: Path, env: dict[str, str] | None 
         "total_seconds": round(seconds, 2),
         "train_seconds": round(recorded["seconds"]["train"], 2),
         "peak_mb": round(usage.ru_maxrss / 1024),
-        **{key: final(recorded[key]) for key in (*RESULTS[lesson], "env_steps", "memory_bytes") if key in recorded},
+        **{key: final(recorded[key]) for key in RESULTS[lesson] | CONSTANTS.get(lesson, {})},
+        **{key: recorded[key] for key in ("env_steps", "memory_bytes") if key in recorded},
     }
 
 
@@ -152,12 +155,17 @@ def trial_rows(lesson: str) -> list[tuple[str, str]]:
 def trials_table(lesson: str, rows: list[tuple[str, str]], record: dict) -> str:
     names = [name for name, _ in RESULTS[lesson].values()]
     header = ["試驗", "旗標", *(column for name in names for column in (f"{name}：平均", "最差的種子"))]
+    constants = CONSTANTS.get(lesson, {})
+    header += [name for name, _ in constants.values()]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for name, flags in rows:
         cells = []
         for key, (_, pattern) in RESULTS[lesson].items():
             values = [run[key] for run in record["runs"][flags]]
             cells += [pattern.format(statistics.mean(values)), pattern.format(worst(key, values))]
+        for key, (_, pattern) in constants.items():
+            (value,) = {run[key] for run in record["runs"][flags]}  # 每個隨機種子都一樣
+            cells.append(pattern.format(value))
         lines.append(f"| {name} | `{flags}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -188,17 +196,17 @@ def copy_figures(lesson: str, out_dir: Path) -> None:
 
 
 def benchmark_compare(lesson: str, write: bool) -> None:
-    if not hasattr(load(lesson), "compare"):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(script(lesson)), "--compare", "--out-dir", folder]
-        subprocess.run(command, env=environment(), check=True)
-        if write:
-            rows = metrics(Path(folder))["comparison"]
-            record = {"defaults": defaults(lesson), "rows": rows}
-            write_json(ROOT / lesson / "figures" / "comparison.json", record)
-            replace_block(ROOT / lesson / "README.md", "comparison", load(lesson).comparison_table(rows))
-            copy_figures(lesson, Path(folder))
+    default = {"comparison": ("--compare", "comparison", "comparison_table")}
+    for name, (flags, key, table) in COMPARISONS.get(lesson, default).items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(script(lesson)), *flags.split(), "--out-dir", folder]
+            subprocess.run(command, env=environment(), check=True)
+            if write:
+                rows = metrics(Path(folder))[key]
+                record = {"defaults": defaults(lesson), "rows": rows}
+                write_json(ROOT / lesson / "figures" / f"{name}.json", record)
+                replace_block(ROOT / lesson / "README.md", name, getattr(load(lesson), table)(rows))
+                copy_figures(lesson, Path(folder))
 
 
 def benchmark_trials(lesson: str, write: bool, again: bool) -> None:
@@ -212,7 +220,8 @@ def benchmark_trials(lesson: str, write: bool, again: bool) -> None:
     for name, flags in rows:
         if flags not in record["runs"]:
             runs = run_seeds(lesson, flags, workers=2, env=environment())
-            record["runs"][flags] = [{key: run[key] for key in ("seed", *RESULTS[lesson])} for run in runs]
+            keys = ("seed", *RESULTS[lesson], *CONSTANTS.get(lesson, {}))
+            record["runs"][flags] = [{key: run[key] for key in keys} for run in runs]
             print(name, flags, [list(run.values()) for run in record["runs"][flags]], flush=True)
             if write:
                 write_json(path, record)

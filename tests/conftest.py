@@ -6,6 +6,7 @@ import hypothesis
 import lessons
 
 os.environ |= {key: value for key, value in lessons.environment().items() if key.startswith("JAX_")}
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # 第 5 課要八個假裝置；要在 JAX 啟動之前
 
 hypothesis.settings.register_profile("lessons", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lessons")

@@ -22,6 +22,7 @@ SHORT = {
     "2_Cart_Pole_DQN": "--total-steps 2000 --updates-per-train 16",
     "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
     "4_GRPO_MNIST": "--num-epochs 2 --batch-size 4096 --train-epochs 2",
+    "5_Sharding_Demo": "--strategies data_model --steps 2 --num-layers 1 --sequence-length 32",
 }
 EVERY_FLAG = {
     "1_Q_Learning": [
@@ -49,6 +50,12 @@ EVERY_FLAG = {
         "--num-epochs 1 --batch-size 8192 --baseline moving-average --group-size 1 --train-epochs 1",
         "--num-epochs 1 --batch-size 4096 --algorithm ppo",
         "--num-epochs 1 --batch-size 60000 --algorithm supervised --group-size 1",
+    ],
+    "5_Sharding_Demo": [
+        "--strategies single --rules batch=data,mlp=model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "
+        "--sequence-length 16 --num-layers 1 --embed-dim 64 --mlp-dim 64 --num-heads 8 --num-kv-heads 4 "
+        "--learning-rate 3e-3",
+        "--ledger llama3-8b --ledger-meshes 1x64 --strategies model",
     ],
 }
 WRONG = {
@@ -115,6 +122,32 @@ WRONG = {
         "--clip-epsilon 1.5",
         "--beta -1",
     ],
+    "5_Sharding_Demo": [
+        "--seed -1",
+        "--no-such-flag 1",
+        "--strategies pipeline",
+        "--mesh 3x2",
+        "--mesh 8",
+        "--mesh 0x8",
+        "--rules batch",
+        "--rules width=model",
+        "--rules mlp=pipe",
+        "--rules mlp=data+data",
+        "--rules embed=model,mlp=model",
+        "--rules batch=data,sequence=data",
+        "--batch-size 6",
+        "--mlp-dim 100",
+        "--num-kv-heads 4",
+        "--num-kv-heads 5",
+        "--embed-dim 100",
+        "--steps 0",
+        "--learning-rate nan",
+        "--ledger llama9",
+        "--ledger-meshes 64x64",
+        "--num-processes 2",
+        "--coordinator nowhere",
+        "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
+    ],
 }
 RESULTS = {
     "1_Q_Learning": {
@@ -130,6 +163,7 @@ RESULTS = {
         "train_accuracy": ("訓練集，採樣的準確率 (%)", "{:.2f}"),
         "test_accuracy": ("測試集，貪婪的準確率 (%)", "{:.2f}"),
     },
+    "5_Sharding_Demo": {"max_relative_difference": ("損失與 single 的最大相對差", "{:.1e}")},
 }
 # 專案的 README 最上面的總表：課名、問題、RESULTS 裡的哪個數字、目標。
 FRONT_PAGE = {
@@ -137,6 +171,27 @@ FRONT_PAGE = {
     "2_Cart_Pole_DQN": ("第 2 課：DQN", "表格放不下，換成神經網路會出什麼問題？", "eval_mean", "475 以上"),
     "3_Pendulum": ("第 3 課：PPO", "動作是連續的，怎麼直接學策略？", "eval_mean", "−175 以上"),
     "4_GRPO_MNIST": ("第 4 課：GRPO", "不要評論家，一群答案互相比較夠不夠？", "test_accuracy", "97.2 以上"),
+    "5_Sharding_Demo": (
+        "第 5 課：Mesh",
+        "模型放不進一顆晶片，怎麼切？切完算的還一樣嗎？",
+        "max_relative_difference",
+        "1e-4 以下",
+    ),
+}
+# 與隨機種子無關的數字，試驗表裡各佔一欄。
+CONSTANTS = {
+    "5_Sharding_Demo": {
+        "device_kb": ("一個裝置的參數、梯度、動量 (KB)", "{:,.1f}"),
+        "collective_kb": ("一步的通訊量 (KB)", "{:,.1f}"),
+    },
+}
+# README 的比較表：區塊與紀錄檔的名字 → 旗標、metrics.json 的鍵、畫表格的函式。
+COMPARISONS = {
+    "5_Sharding_Demo": {
+        "comparison": ("", "strategies", "comparison_table"),
+        "ledger": ("--ledger llama3-8b", "ledger", "ledger_table"),
+        "ledger_70b": ("--ledger llama3-70b", "ledger", "ledger_table"),
+    },
 }
 HIGHER_IS_BETTER = {
     "eval_mean": True,
@@ -145,6 +200,7 @@ HIGHER_IS_BETTER = {
     "greedy_return": True,
     "train_accuracy": True,
     "test_accuracy": True,
+    "max_relative_difference": False,
 }  # 試驗表的「最差」往哪邊找
 
 
@@ -166,8 +222,11 @@ def load(lesson: str) -> ModuleType:
 
 
 def environment() -> dict[str, str]:
-    """子行程的環境：碰到網路就以狀態 97 結束 (見 no_network/sitecustomize.py)；編譯過的程式在測試之間共用。"""
-    return os.environ | {
+    """子行程的環境：碰到網路就以狀態 97 結束 (見 no_network/sitecustomize.py)；編譯過的程式在測試之間共用。
+
+    XLA_FLAGS 不傳下去：pytest 自己的假裝置 (見 conftest.py) 不關子行程的事。
+    """
+    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
         "PYTHONPATH": str(ROOT / "tests" / "no_network"),
         "PYTHONUTF8": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
@@ -210,8 +269,10 @@ def defaults(lesson: str) -> dict[str, str]:
 def show_default(value) -> str:
     if isinstance(value, bool):
         return "開" if value else "關"
-    if value is None:
+    if value is None or value == "":
         return "無"
+    if isinstance(value, tuple):
+        return " ".join(value)
     if isinstance(value, Path):
         return value.relative_to(value.parent.parent).name + "/"
     return f"{value:,}" if isinstance(value, int) else str(value)

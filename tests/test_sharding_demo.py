@@ -1,0 +1,502 @@
+"""第 5 課：切分的數學對照獨立的算法，兩個行程的執行，以及完整的預設執行。"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+import socket
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from flax.core.spmd import get_pspec
+from hypothesis import given, settings
+from lessons import ROOT, block, defaults, environment, load, metrics, run, script
+
+demo = load("5_Sharding_Demo")
+README = ROOT / "5_Sharding_Demo" / "README.md"
+STRATEGIES = list(demo.RULES)
+
+
+def small_config(**changes):
+    sizes = {"batch_size": 8, "sequence_length": 12, "num_layers": 1, "embed_dim": 32, "mlp_dim": 48}
+    return demo.Config(**sizes | {"num_heads": 8, "learning_rate": 0.01} | changes)
+
+
+# 規則手冊 --------------------------------------------------------------------------------------------
+
+targets = st.sampled_from([None, "data", "model", ("data", "model"), ("model", "data")])
+rule_books = st.fixed_dictionaries(dict.fromkeys(demo.AXES, targets))
+
+
+def flat_axes(spec):
+    return [name for entry in spec for name in (entry if isinstance(entry, tuple) else [entry]) if name]
+
+
+@given(rule_books)
+@settings(max_examples=300)
+def test_accepted_rules_never_use_a_mesh_axis_twice(rules):
+    """check_rules 放行，等於每個陣列的 PartitionSpec 都沒有重複的 Mesh 軸。"""
+    specs = [demo.translate(axes, rules) for axes in [*demo.WEIGHTS.values(), *demo.ACTIVATIONS.values()]]
+    repeated = any(len(set(flat_axes(spec))) < len(flat_axes(spec)) for spec in specs)
+    try:
+        demo.check_rules("custom", rules)
+        refused = False
+    except SystemExit as stopped:
+        refused = stopped.code == 2
+    assert refused == repeated
+
+
+@given(rule_books)
+def test_translation_is_flax_own(rules):
+    with demo.nnx.logical_axis_rules(tuple(rules.items())):
+        for axes in demo.WEIGHTS.values():
+            assert demo.translate(axes, rules) == get_pspec(axes)
+
+
+@given(
+    rule_books,
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.fixed_dictionaries(dict.fromkeys(demo.AXES, st.integers(1, 64))),
+)
+def test_indivisible_finds_exactly_what_jax_refuses(rules, data, model, sizes):
+    mesh = jax.sharding.AbstractMesh((data, model), ("data", "model"))
+    refused = set()
+    for axis in demo.AXES:
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(rules[axis]))
+        try:
+            sharding.shard_shape((sizes[axis],))
+        except ValueError:
+            refused.add(axis)
+    found = demo.indivisible(rules, sizes, {"data": data, "model": model})
+    assert (found is None) == (not refused)
+    if found:
+        assert found[0] in refused
+        assert sizes[found[0]] % found[1] != 0
+
+
+@given(rule_books)
+def test_rules_survive_the_command_line(rules):
+    def show(target):
+        return "+".join(target) if isinstance(target, tuple) else str(target)
+
+    text = ",".join(f"{axis}={show(target)}" for axis, target in rules.items())
+    assert demo.parse_rules(text) == rules
+
+
+def test_the_notes_rule_book():
+    """筆記 6.4 的例子：nnx.Linear 的 ('embed', 'mlp') 切成兩塊，批次切成四份。"""
+    config = demo.Config(rules="batch=data,mlp=model,embed=None")
+    rules = config.rule_books["custom"]
+    assert demo.translate(("embed", "mlp"), rules) == jax.sharding.PartitionSpec(None, "model")
+    assert demo.translate(("batch", "sequence"), rules) == jax.sharding.PartitionSpec("data", None)
+
+
+# 模型 ------------------------------------------------------------------------------------------------
+
+
+def numpy_loss(weights, llama, inputs, targets):
+    """同一個 Llama，用 NumPy 的 float64 與迴圈再寫一次。"""
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+
+    def rotate(x):  # (位置, head_dim)：一對數字當成複數，乘上 e^{i·位置·頻率}
+        half = x.shape[-1] // 2
+        angle = np.arange(len(x))[:, None] * 500_000.0 ** (-np.arange(half) / half)
+        z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    losses = []
+    for tokens, nexts in zip(inputs, targets, strict=True):
+        x = weights["embedding"][tokens]
+        for i in range(llama.layers):
+            w = {name: weights[name][i] for name in demo.WEIGHTS if demo.WEIGHTS[name][0] == "layers"}
+            h, added = norm(x, w["attention_norm"]), 0
+            for head in range(llama.heads):
+                kv = head // (llama.heads // llama.kv_heads)
+                q, k, v = rotate(h @ w["query"][:, head]), rotate(h @ w["key"][:, kv]), h @ w["value"][:, kv]
+                scores = q @ k.T / math.sqrt(llama.head_dim)
+                scores[np.triu_indices(len(x), 1)] = -np.inf
+                p = np.exp(scores - scores.max(-1, keepdims=True))
+                added = added + (p / p.sum(-1, keepdims=True)) @ v @ w["out"][head]
+            x = x + added
+            h = norm(x, w["mlp_norm"])
+            gate = h @ w["gate"]
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
+        logits = norm(x, weights["final_norm"]) @ weights["lm_head"]
+        losses.append(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(nexts)), nexts])
+    return np.mean(losses)
+
+
+@functools.cache
+def trajectory(strategy, mesh="4x2", steps=3):
+    """一種策略的每一步損失、第一步的梯度、最後的狀態與編譯好的程式。"""
+    config = small_config(mesh=mesh, num_kv_heads=8)
+    rng, rules = np.random.default_rng(0), config.rule_books[strategy]
+    device_mesh, losses, first = demo.strategy_mesh(config, strategy), [], None
+    with demo.rule_book(device_mesh, rules):
+        program = demo.plan(config.llama, config, device_mesh, rules, config.batch_size, config.sequence_length)
+        step = demo.compile_step(program)
+        state = demo.initial_state(program, config, config.llama)
+        parameters = demo.nnx.filter_state(state, demo.nnx.Param)
+        start = {path[-1]: np.asarray(array[...]) for path, array in leaves(parameters)}
+        for _ in range(steps):
+            batch = [rng.integers(0, 256, (8, 12)).astype(np.int32) for _ in range(2)]
+            arrays = [demo.distribute(x, program.tokens.sharding) for x in batch]
+            state, loss, gradients = step(state, *arrays)
+            losses.append(float(loss))
+            if first is None:
+                first = batch, gradients
+    return config, losses, first, state, start, demo.read_collectives(step.as_text(), device_mesh), step
+
+
+def leaves(state):
+    return demo.nnx.to_flat_state(state)
+
+
+def test_the_model_is_the_llama_written_in_numpy():
+    config, losses, (batch, _), _, start, _, _ = trajectory("single")
+    expected = numpy_loss({name: array.astype(float) for name, array in start.items()}, config.llama, *batch)
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_grouped_query_attention_is_the_llama_written_in_numpy():
+    config = small_config(num_kv_heads=2, num_layers=2)
+    with demo.rule_book(demo.strategy_mesh(config, "single"), config.rule_books["single"]):
+        model, _ = demo.create(config.llama, 0.01, seed=1)
+        batch = np.random.default_rng(1).integers(0, 256, (2, 3, 7))
+        weights = {path[-1]: np.asarray(array[...], float) for path, array in leaves(demo.nnx.state(model))}
+        loss = float(jax.jit(demo.cross_entropy)(model, *batch))
+    assert loss == pytest.approx(numpy_loss(weights, config.llama, *batch), rel=1e-5)
+
+
+def test_rematerialisation_changes_nothing():
+    config = small_config()
+    batch = np.random.default_rng(1).integers(0, 256, (2, 3, 7))
+    results = []
+    with demo.rule_book(demo.strategy_mesh(config, "single"), config.rule_books["single"]):
+        for remat in (False, True):
+            model, _ = demo.create(dataclasses.replace(config.llama, remat=remat), 0.01, seed=1)
+            results.append(jax.tree.leaves(jax.jit(demo.nnx.value_and_grad(demo.cross_entropy))(model, *batch)))
+    for plain, again in zip(*results, strict=True):
+        np.testing.assert_allclose(plain, again, rtol=1e-4, atol=1e-6)
+
+
+# 五種策略 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_losses_and_gradients_equal_those_of_one_device(strategy):
+    _, losses, (_, gradients), state, *_ = trajectory(strategy)
+    _, reference, (_, expected), reference_state, *_ = trajectory("single")
+    np.testing.assert_allclose(losses, reference, rtol=1e-5)
+    assert reference[-1] != reference[0]
+    for tree, other in ((gradients, expected), (state, reference_state)):
+        for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bytes_on_every_device_equal_the_arithmetic_of_the_rules(strategy):
+    """每個權重、它的梯度與兩個動量：大小除以規則切成的份數，一個位元組都不差。"""
+    _, _, (_, gradients), state, *_ = trajectory(strategy)
+    sizes = {"vocab": 256, "embed": 32, "mlp": 48, "heads": 8, "kv_heads": 8, "head_dim": 4, "layers": 1}
+    parts = {"data": 4, "model": 2}
+    seen = 0
+    for tree in (state, gradients):
+        for path, variable in leaves(tree):
+            if path[-1] not in demo.WEIGHTS:
+                continue  # Adam 數步數的計數器
+            whole = cut = 4
+            for axis in demo.WEIGHTS[path[-1]]:
+                target = demo.RULES[strategy].get(axis) or ()
+                whole *= sizes[axis]
+                cut *= sizes[axis]
+                for name in (target,) if isinstance(target, str) else target:
+                    cut //= parts[name]
+            array = variable[...]
+            assert array.nbytes == whole
+            assert {shard.data.nbytes for shard in array.addressable_shards} == {cut}
+            assert len(array.addressable_shards) == (1 if strategy == "single" else 8)
+            seen += 1
+    assert seen == 4 * len(demo.WEIGHTS)
+
+
+def test_device_bytes_counts_only_the_first_device():
+    _, _, (_, gradients), *_ = trajectory("model")
+    shards = [shard for array in jax.tree.leaves(gradients) for shard in array.addressable_shards]
+    assert demo.device_bytes(gradients) == sum(s.data.nbytes for s in shards if s.device.id == 0)
+    assert demo.device_bytes(gradients) * 8 == sum(s.data.nbytes for s in shards)
+
+
+def collectives(strategy, mesh="4x2"):
+    return trajectory(strategy, mesh, 1 if mesh != "4x2" else 3)[5]
+
+
+def parameter_bytes():
+    return sum(array.nbytes for array in trajectory("single")[4].values())
+
+
+def test_one_device_needs_no_communication():
+    assert collectives("single") == []
+
+
+def test_data_parallelism_only_sums_the_gradients():
+    """每個梯度相加一次，再加上損失的一個 float32；沒有別的。"""
+    found = collectives("data")
+    assert {(c.operation, c.axes) for c in found} == {("all-reduce", ("data", "model"))}
+    assert sum(c.bytes for c in found) == parameter_bytes() + 4
+
+
+def test_model_parallelism_sums_activations_and_no_gradient_of_a_split_weight():
+    found = collectives("model")
+    assert {c.operation for c in found} == {"all-reduce"}
+    split = {"x".join(map(str, a.shape)) for n, a in trajectory("single")[4].items() if "norm" not in n}
+    shapes = {dims.replace(",", "x") for c in found for dims in re.findall(r"f32\[([\d,]+)\]", c.line)}
+    assert not shapes & split
+    assert any(dims == "8x12x32" for dims in shapes)  # 整個批次的殘差流：批次沒有切
+
+
+def test_both_axes_divide_the_work():
+    found = collectives("data_model")
+    assert {(c.operation, c.axes) for c in found} == {("all-reduce", ("model",)), ("all-reduce", ("data",))}
+    gradients = sum(c.bytes for c in found if c.axes == ("data",))
+    (_, _, (_, arrays), *_) = trajectory("data_model")
+    assert gradients == demo.device_bytes(arrays) + 4  # 切過的梯度，加上損失
+
+
+def test_one_device_on_the_data_axis_sums_no_gradients():
+    assert collectives("data_model", "1x8")
+    assert all(c.axes == ("model",) for c in collectives("data_model", "1x8"))
+    assert all(c.axes == ("data",) for c in collectives("data_model", "8x1"))
+
+
+def test_fsdp_gathers_the_weights_it_has_split():
+    gathered = [c for c in collectives("fsdp") if c.operation == "all-gather" and "data" in c.axes]
+    weights = [array for name, array in trajectory("single")[4].items() if "norm" not in name]
+    half = sum(array.nbytes for array in weights) / 2  # 用之前，沿著 data 軸收齊自己的那一半
+    assert sum(c.bytes for c in gathered) >= half
+    assert not any(c.operation == "all-gather" for c in collectives("data_model"))
+
+
+def test_without_constraints_the_compiler_communicates_much_more(monkeypatch):
+    """README 程式導讀第 3 點：FSDP 拿掉 constrain。"""
+    expected = sum(c.bytes for c in collectives("fsdp"))
+    monkeypatch.setattr(demo, "constrain", lambda x, name: x)
+    config = small_config(num_kv_heads=8)
+    mesh, rules = demo.strategy_mesh(config, "fsdp"), config.rule_books["fsdp"]
+    with demo.rule_book(mesh, rules):
+        step = demo.compile_step(demo.plan(config.llama, config, mesh, rules, config.batch_size, 12))
+    assert sum(c.bytes for c in demo.read_collectives(step.as_text(), mesh)) > 1.3 * expected
+
+
+def test_every_collective_is_outside_of_a_loop():
+    """迴圈裡的通訊會執行很多次，數一次就少算了；訓練的程式因此攤開迴圈。"""
+    for strategy in STRATEGIES:
+        assert " while(" not in trajectory(strategy)[6].as_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}, x", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("replica_groups=[2,4]<=[4,2]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("source_target_pairs={{0,4},{4,0}}", [[0, 4], [4, 0]]),
+    ],
+)
+def test_device_groups_reads_every_notation(line, groups):
+    np.testing.assert_array_equal(demo.device_groups(line), groups)
+
+
+def test_an_unknown_notation_is_counted_and_marked():
+    assert demo.device_groups("replica_groups=?") is None
+    found = demo.read_collectives("%a = f32[2] all-reduce(%x), replica_groups=?", demo.make_mesh({"data": 8}))
+    assert [c[:3] for c in found] == [("all-reduce", ("?",), 8)]
+
+
+PROGRAM = """
+  %a = (f32[2,3]{1,0}, /*index=1*/bf16[4]{0}) all-reduce(%x, %y), replica_groups=[4,2]<=[8], metadata={op_name="z"}
+  %b = f32[10]{0} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %c = (f32[8]{0}, f32[4]{0}) all-reduce-start(%x, %y), replica_groups=[1,8]<=[8]
+  %d = (f32[8]{0}, f32[4]{0}) all-reduce-done(%c)
+  %f = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %g = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %e = f32[] add(%p, %q), metadata={op_name="all-reduce(x)"}
+"""
+
+
+def test_reading_collectives_from_a_program():
+    mesh = demo.make_mesh({"data": 4, "model": 2})
+    found = demo.read_collectives(PROGRAM, mesh)
+    assert [c[:3] for c in found] == [
+        ("all-reduce", ("model",), 2 * 3 * 4 + 4 * 2),
+        ("reduce-scatter", ("data",), 4 * 10 * 4),  # 通訊前是通訊後的四倍
+        ("all-reduce", ("data", "model"), (8 + 4) * 4),
+        ("all-gather", ("data",), 8 * 4),
+        ("collective-permute", ("model",), 3 * 4),
+    ]
+    assert "metadata" not in found[0].line
+
+
+# 記憶體帳 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", demo.LLAMAS)
+def test_the_parameters_of_llama_3(name):
+    """公佈的參數個數，與 Flax 真正建立的模型相同。"""
+    config, llama = demo.Config(), demo.LLAMAS[name]
+    with demo.rule_book(demo.strategy_mesh(config, "single"), config.rule_books["single"]):
+        model, _ = demo.nnx.eval_shape(lambda: demo.create(llama, 1e-3, 0))
+    counted = sum(math.prod(x.shape) for x in jax.tree.leaves(demo.nnx.state(model, demo.nnx.Param)))
+    published = {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}[name]
+    assert counted == demo.count_parameters(llama) == demo.PUBLISHED_PARAMETERS[name] == published
+
+
+@pytest.mark.parametrize(("strategy", "share"), [("data", 1), ("fsdp", 8)])
+def test_the_compiler_agrees_with_the_arithmetic_of_the_ledger(strategy, share, monkeypatch):
+    """小的 Llama：bfloat16 的權重一份、梯度一份、動量兩份，都切成 share 份；另有詞元與兩個計數器。"""
+    llama = demo.Llama(64, 32, 64, 8, 8, 4, 2, "bfloat16", remat=True)
+    monkeypatch.setattr(demo, "LEDGER_TOKENS", 8)
+    mesh = demo.make_mesh({"data": 4, "model": 2})
+    row = demo.ledger_row(llama, demo.Config(), mesh, demo.Config().rule_books[strategy])
+    split = 2 * sum(
+        math.prod(vars(llama)[axis] for axis in axes) // (share if "norm" not in name else min(share, 4))
+        for name, axes in demo.WEIGHTS.items()
+    )
+    tokens = 2 * 8 * 8 * 4 // (8 if strategy == "data" else 4)
+    assert 0 <= row["state"] - (3 * split + tokens) <= 16
+    assert 0 <= row["gradients"] - split <= 1000  # 損失，以及輸出的指標表
+
+
+def test_chips_fit_what_they_hold():
+    assert demo.fitting_chips(16_000_000_000) == "16、32、80、95"
+    assert demo.fitting_chips(16_000_000_001) == "32、80、95"
+    assert demo.fitting_chips(10**12) == "都不行"
+
+
+@pytest.mark.parametrize("name", ["ledger", "ledger_70b"])
+def test_ledger_block_equals_the_recorded_run(name):
+    record = json.loads((README.parent / "figures" / f"{name}.json").read_text(encoding="utf-8"))
+    assert record["defaults"] == defaults("5_Sharding_Demo")
+    assert block(README.read_text(encoding="utf-8"), name) == demo.ledger_table(record["rows"])
+    for row in record["rows"]:
+        model = demo.LLAMAS[row["model"]]
+        if row["strategy"] in ("single", "data"):  # 一個裝置放整個模型：權重與兩個動量，再加一點點詞元與計數器
+            assert 0 <= row["state"] - 6 * demo.count_parameters(model) < 1e5
+            assert 0 <= row["gradients"] - 2 * demo.count_parameters(model) < 1e5
+
+
+def test_recorded_runs_reach_the_target():
+    record = json.loads((README.parent / "figures" / "results.json").read_text(encoding="utf-8"))
+    assert all(run["max_relative_difference"] <= demo.TARGET_DIFFERENCE for run in record["runs"])
+
+
+# 整個執行 --------------------------------------------------------------------------------------------
+
+
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["sharding_demo.py", *flags])
+    demo.main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--mesh 3x2", "錯誤：--mesh 3x2 要 6 個裝置，這裡有 8 個；1x8、2x4、4x2、8x1 才合"),
+        ("--rules embed=model,mlp=model", "錯誤：custom 把 gate 的 embed 與 mlp 都切在 model 軸上；"),
+        ("--num-kv-heads 4", "錯誤：model 把 kv_heads 的 4 切成 8 份 (data 軸 4 × model 軸 2)，除不盡；要是 8 的倍數"),
+        ("--rules width=model", "vocab、embed、layers、heads、head_dim、kv_heads、mlp、batch、sequence"),
+    ],
+)
+def test_messages_say_what_would_be_right(flags, expected, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *flags.split(), "--out-dir", str(tmp_path))
+    assert stopped.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
+    config = small_config(strategies=("single",), learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match="single 第 2 步的損失不是有限的數"):
+        demo.train(config, progress=False)
+
+
+def test_training_text_follows_the_readmes_and_targets_follow_inputs():
+    text = demo.read_text()
+    assert bytes(text[:60].astype(np.uint8)) == README.read_bytes()[:60]
+    inputs, targets = demo.sample_batch(text, np.random.default_rng(0), small_config())
+    np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_two_processes_find_the_losses_of_one(tmp_path):
+    """兩個行程各有四個假裝置，經由 loopback 合成一張 4x2 的 Mesh；對照是這個行程的八個假裝置。"""
+    config = small_config(num_kv_heads=8, strategies=("data_model",), steps=2)
+    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in demo.BOUNDS if "process" not in name]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(script("5_Sharding_Demo")), *flags, "--coordinator", f"127.0.0.1:{port}"]
+    command += ["--num-processes", "2", "--strategies", "data_model"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--process-id", str(i), "--out-dir", f"out{i}"],
+            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    alone = demo.train(config, progress=False)
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0].splitlines()[-1] == "結果存在 out0"
+    assert "達標" not in outputs[1][0]
+    assert list((tmp_path / "out1").iterdir()) == []
+    together = metrics(tmp_path / "out0")
+    assert together["device"]["count"] == 8
+    for name, result in alone.items():
+        row = together["strategies"][name]
+        np.testing.assert_allclose(row["losses"], result.losses, rtol=1e-5)
+        assert row["bytes"] == result.bytes
+        assert row["test_loss"] == pytest.approx(result.test_loss, rel=1e-5)
+
+
+def test_default_run_reaches_the_target(tmp_path):
+    result = run("5_Sharding_Demo", "--out-dir out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2].startswith("達標：5 種策略")
+    recorded = metrics(tmp_path / "out")
+    assert list(recorded["strategies"]) == STRATEGIES
+    for row in recorded["strategies"].values():
+        reference = recorded["strategies"]["single"]["losses"]
+        assert len(row["losses"]) == 20
+        np.testing.assert_allclose(row["losses"], reference, rtol=1e-4)
+        assert row["max_relative_difference"] <= recorded["max_relative_difference"] <= 1e-4
+        assert row["losses"][-1] < row["losses"][0] - 1  # 真的學到東西
+        assert row["test_loss"] == pytest.approx(recorded["strategies"]["single"]["test_loss"], rel=1e-4)
+    names = itertools.product(["placement", "collectives"], STRATEGIES[1:])
+    files = {f"{kind}_{name}.{'png' if kind == 'placement' else 'txt'}" for kind, name in names}
+    files |= {"collectives_single.txt", "learning_curve.png", "bytes_and_collectives.png", "metrics.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+
+    # README 引用的編譯結果與表格，就是這次跑出來的
+    text = README.read_text(encoding="utf-8")
+    program = (tmp_path / "out" / "collectives_data_model.txt").read_text(encoding="utf-8").splitlines()
+    excerpt = re.search(r"```text\n(%.*?)```", text, re.DOTALL)[1].splitlines()
+    assert len(excerpt) >= 2
+    for line in excerpt:
+        assert any(all(part in full for part in line.split(" … ")) for full in program), line
+    table = re.search(r"\| 權重 \| 邏輯軸 .*?\n\n", text, re.DOTALL)[0].strip().splitlines()
+    assert len(table) == 2 + len(demo.WEIGHTS)
+    shown = result.stdout.split("data_model：Mesh")[1].splitlines()
+    assert set(table) <= set(shown)
