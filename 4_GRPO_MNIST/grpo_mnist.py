@@ -67,7 +67,7 @@ class Config:
     """超參數的唯一來源：命令列、README 的表格與測試都讀這裡。"""
 
     algorithm: Literal["grpo", "ppo", "supervised"] = "grpo"
-    """演算法：ppo 用評論家當基線；supervised 直接給答案，是這個網路的上限"""
+    """演算法：ppo 用評論家當基線；supervised 直接給答案，拿來對照"""
     seed: int = 42
     """隨機種子 (seed)"""
     num_epochs: int = 10
@@ -125,6 +125,12 @@ def check(config: Config) -> None:
     if config.compare:
         for variant in variants(config).values():
             check(variant)
+    if config.algorithm == "ppo":
+        require(
+            config.group == "batch" and config.baseline == "group",
+            "--algorithm ppo 配上 --group image 或 --baseline moving-average",
+            "ppo 的基線是評論家，這兩個旗標只給 grpo 用",
+        )
     if config.group == "image":
         require(config.group_size > 1, "--group image 的 --group-size 是 1", "一個答案沒有對象可比，至少要 2")
         require(
@@ -136,7 +142,7 @@ def check(config: Config) -> None:
 
 # 2. 資料：MNIST 是一步就結束的遊戲 -------------------------------------------------------------------
 
-SHA256 = {  # 四個原始檔案 (解壓縮後) 公布的校驗碼；見 data/mnist_packed/README.md
+SHA256 = {  # 四個原始檔案 (解壓縮後) 的雜湊值；見 data/mnist_packed/README.md
     ("train", "images"): "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     ("train", "labels"): "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     ("test", "images"): "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
@@ -157,7 +163,7 @@ def read_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         digest = hashlib.sha256(idx_header(array))
         digest.update(array)
         if digest.hexdigest() != SHA256[split, key]:
-            raise ValueError(f"{split} 的 {key} 與公布的校驗碼不符")
+            raise ValueError(f"{split} 的 {key} 與原始檔案的雜湊值不符")
     return arrays["images"].reshape(-1, STATE_DIM), arrays["labels"]
 
 
@@ -234,7 +240,7 @@ def group_baseline(rewards: jax.Array, group: str) -> jax.Array:
 def relative_advantages(rewards: jax.Array, baseline: jax.Array, group: str) -> jax.Array:
     """相對優勢 (rewards - baseline) / 群組的標準差，形狀 (G, B)；arXiv 2402.03300 第 4.1.2 節。
 
-    不再減一次平均：筆記的標準化會再減，無論用什麼基線都會被它蓋掉。
+    不再減一次平均：筆記的標準化會再減，整批共用一個數的基線 (例如移動平均) 會被它蓋掉。
     整組全對或全錯，標準差是 0，沒有誰比誰好，優勢是 0。
     """
     axis = 0 if group == "image" else None
@@ -283,8 +289,7 @@ class GRPOAgent(nnx.Module):
 
     def __init__(self, config: Config):
         self.algorithm = config.algorithm
-        self.group = "batch" if config.algorithm == "ppo" else config.group  # 評論家已經看過圖片，整批一起標準化
-        self.group_size, self.baseline = config.group_size, config.baseline
+        self.group, self.group_size, self.baseline = config.group, config.group_size, config.baseline
         self.clip_epsilon, self.beta = config.clip_epsilon, config.beta
         # rbg：採樣與編譯都比 JAX 預設的產生器快
         self.rng_stream = nnx.Rngs(jax.random.key(config.seed, impl="rbg"))
@@ -387,9 +392,10 @@ def predict(actor: Actor, images: jax.Array) -> jax.Array:
     return actor(images / 255).mode()
 
 
-def evaluate(actor: Actor, data: Split) -> float:
-    """貪婪的準確率 (%)。"""
-    return float(100 * jnp.mean(predict(actor, data.images) == data.labels))
+def evaluate(actor: Actor, data: Split) -> tuple[float, int]:
+    """貪婪的準確率 (%)，以及十個數字裡一次都沒猜的有幾個。"""
+    guesses = np.asarray(predict(actor, data.images))
+    return float(100 * np.mean(guesses == np.asarray(data.labels))), ACTION_DIM - len(np.unique(guesses))
 
 
 @dataclass
@@ -399,6 +405,7 @@ class Result:
     # 以下每一輪一個數字
     train_accuracy: list[float] = field(default_factory=list)  # 訓練時採樣的準確率 (%)，筆記印的數字
     test_accuracy: list[float] = field(default_factory=list)  # 這一輪之後，測試集上貪婪的準確率 (%)
+    missing_digits: list[int] = field(default_factory=list)  # 測試集上一次都不猜的數字有幾個
     silent_shares: list[float] = field(default_factory=list)  # 優勢是 0 的答案的比率
     residuals: list[float] = field(default_factory=list)  # 平均 (獎勵 - 基線)² 除以獎勵的變異數；1 是什麼都沒解釋
     outside_shares: list[float] = field(default_factory=list)  # 最後一遍更新之前，比例在界線之外的比率
@@ -434,8 +441,10 @@ def train(config: Config, data: Data, stop: threading.Event | None = None, progr
             result.silent_shares.append(float(log.silent.mean()))
             result.residuals.append(float(log.residual.mean()) / max(accuracy * (1 - accuracy), 1e-12))
             result.outside_shares.append(float(log.outside[:, -1].mean()))
-            result.test_accuracy.append(evaluate(agent.actor, data.test))
-            bar.set_postfix_str(f"平均獎勵 {accuracy:.4f}，測試集 {result.test_accuracy[-1]:.2f} %")
+            test_accuracy, missing = evaluate(agent.actor, data.test)
+            result.test_accuracy.append(test_accuracy)
+            result.missing_digits.append(missing)
+            bar.set_postfix_str(f"平均獎勵 {accuracy:.4f}，測試集 {test_accuracy:.2f} %")
             bar.update()
             result.interrupted = bool(stop and stop.is_set()) and len(result.test_accuracy) < config.num_epochs
     result.seconds = time.perf_counter() - start
@@ -480,8 +489,10 @@ def save_figure(figure, path: Path) -> None:
 def draw_learning_curve(result: Result, config: Config) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     epochs = range(1, len(result.test_accuracy) + 1)
-    curves = (("training set, sampled", result.train_accuracy, TRAIN_TARGET, "C0"),)
-    curves += (("test set, greedy", result.test_accuracy, TEST_TARGET, "C1"),)
+    curves = (
+        ("training set, sampled", result.train_accuracy, TRAIN_TARGET, "C0"),
+        ("test set, greedy", result.test_accuracy, TEST_TARGET, "C1"),
+    )
     for label, accuracy, target, color in curves:
         axes.plot(epochs, accuracy, "o-", color=color, label=f"{label}: {accuracy[-1]:.2f} %")
         axes.axhline(target, color=color, linestyle=":", label=f"target: {target} %")
@@ -512,7 +523,7 @@ STATE_NAMES = {"parameters": "parameters", "gradients": "gradients", "moments": 
 
 def variants(config: Config) -> dict[str, Config]:
     """--compare 要跑的設定；batch_… 是筆記的群組：一張圖片一個答案，整批互相比較。"""
-    config = replace(config, compare=False)
+    config = replace(config, compare=False, algorithm="grpo", group="batch")
     one_answer = replace(config, group="batch", group_size=1)
     return {
         "notes": replace(config, **NOTES_SETTINGS),
@@ -737,8 +748,8 @@ def main() -> None:
     results = {"train_accuracy": result.train_accuracy, "test_accuracy": result.test_accuracy}
     results |= {"parameters": sum(x.size for x in jax.tree.leaves(nnx.state(result.agent.actor, nnx.Param)))}
     results |= {"env_steps": result.env_steps, "memory_bytes": memory_bytes(result.agent)}
-    results |= {"outside_shares": result.outside_shares, "silent_shares": result.silent_shares}
-    results |= {"residuals": result.residuals}
+    results |= {"missing_digits": result.missing_digits, "outside_shares": result.outside_shares}
+    results |= {"silent_shares": result.silent_shares, "residuals": result.residuals}
     save_metrics(config, result.seconds, device, **results)
     reached = train_accuracy >= TRAIN_TARGET and test_accuracy >= TEST_TARGET
     figure = f"訓練集採樣 {train_accuracy:.2f} %、測試集貪婪 {test_accuracy:.2f} %"

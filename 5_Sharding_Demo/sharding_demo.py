@@ -1,13 +1,13 @@
-"""第 5 課：Mesh 與切分規則，從一個晶片到許多晶片 (模組六)。
+"""第 5 課：Mesh 與切分規則，從一顆晶片到許多晶片 (模組六)。
 
-問題：80 億個參數的模型為什麼放不進一個晶片？Mesh 與 logical_axis_rules 怎麼解決？切開之後，算出來的還一樣嗎？
+問題：80 億個參數的模型為什麼放不進一顆晶片？Mesh 與 logical_axis_rules 怎麼解決？切開之後，算出來的還一樣嗎？
 
     python 5_Sharding_Demo/sharding_demo.py                        五種策略各訓練 20 步，比位元組、通訊與損失
     python 5_Sharding_Demo/sharding_demo.py --mesh 2x4             換一張地圖
     python 5_Sharding_Demo/sharding_demo.py --rules batch=data,mlp=model    自己寫一本規則手冊
-    python 5_Sharding_Demo/sharding_demo.py --ledger llama3-8b     真正的 Llama 3 8B：每個晶片要多少記憶體
+    python 5_Sharding_Demo/sharding_demo.py --ledger llama3-8b     真正的 Llama 3 8B：每顆晶片要多少記憶體
 
-沒有 GPU 或 TPU 時，腳本請 XLA 把 CPU 當成八個假裝置；有的話就用真的。
+沒有 GPU 或 TPU 時，腳本請 XLA 把 CPU 當成八個假裝置；有的話就用真的，個數不是八個就要改 --mesh。
 結果在 outputs/：learning_curve.png、bytes_and_collectives.png、placement_*.png、collectives_*.txt、metrics.json。
 
 出處：張量平行：Shoeybi 等 (2019)，arXiv 1909.08053，第 3 節。切分最佳化器狀態與權重 (ZeRO、FSDP)：
@@ -90,7 +90,7 @@ LLAMAS = {
     "llama3-70b": Llama(128256, 8192, 28672, 64, 8, 128, 80, "bfloat16", remat=True),
 }
 PUBLISHED_PARAMETERS = {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}
-LEDGER_TOKENS = 2048  # 記憶體帳：一個晶片一個序列，這麼長
+LEDGER_TOKENS = 2048  # 記憶體帳：一個序列的長度；批次等於晶片數
 CHIPS = {"TPU v5e": 16, "TPU v6e": 32, "H100": 80, "TPU v5p": 95}  # HBM，GB
 
 
@@ -186,6 +186,16 @@ def check(config: Config) -> None:
         "要是 HOST:PORT，例如 127.0.0.1:9876，或 auto",
     )
     require(
+        config.coordinator != "auto" or config.num_processes == 1,
+        f"--coordinator auto 與 --num-processes {config.num_processes} 一起用",
+        "auto 自己知道有幾個行程，不要寫 --num-processes",
+    )
+    require(
+        config.ledger == "none" or not config.coordinator,
+        f"--ledger {config.ledger} 與 --coordinator 一起用",
+        "記憶體帳在一個行程裡編譯，不要寫 --coordinator",
+    )
+    require(
         config.embed_dim % (2 * config.num_heads) == 0,
         f"--embed-dim 是 {config.embed_dim}",
         f"每個頭分到的寬度要是偶數 (旋轉位置編碼成對旋轉)，所以要是 {2 * config.num_heads} 的倍數",
@@ -212,8 +222,9 @@ def check_mesh(config: Config) -> None:
     """裝置的個數要等於 Mesh 的大小，每個維度都要切得開；要在 start_devices 之後。"""
     devices, mesh = jax.device_count(), parse_mesh(config.mesh)
     fits = "、".join(f"{n}x{devices // n}" for n in range(1, devices + 1) if devices % n == 0)
+    hint = "" if jax.default_backend() == "cpu" else "；想用八個假裝置，設 JAX_PLATFORMS=cpu"
     size = math.prod(mesh.values())
-    require(size == devices, f"--mesh {config.mesh} 要 {size} 個裝置，這裡有 {devices} 個", f"{fits} 才合")
+    require(size == devices, f"--mesh {config.mesh} 要 {size} 個裝置，這裡有 {devices} 個", f"{fits} 才合{hint}")
     sizes = axis_sizes(config.llama, config.batch_size, config.sequence_length)
     for strategy, rules in config.rule_books.items():
         problem = None if strategy == "single" else indivisible(rules, sizes, mesh)
@@ -321,7 +332,10 @@ def start_devices(config: Config) -> None:
     if flag not in os.environ.get("XLA_FLAGS", ""):  # 讀者自己設了就照他的
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={wanted}".strip()
     if config.coordinator == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError:
+            fail("--coordinator auto 在這裡找不到 TPU 或 Slurm；要寫第 0 個行程的 HOST:PORT", status=2)
     elif config.coordinator:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     if config.ledger != "none":
@@ -442,7 +456,8 @@ def cross_entropy(model: Transformer, inputs: jax.Array, targets: jax.Array) -> 
 
 
 def create(llama: Llama, learning_rate: float, seed: int | jax.Array) -> tuple[Transformer, nnx.Optimizer]:
-    key = jax.random.key(seed, impl="rbg")  # 編譯得快；怎麼切，抽到的數字都一樣
+    # rbg 編譯得快；怎麼切，抽到的數字都一樣。在 TPU 上它可能讓每個裝置都抽完整個權重：大模型用預設的 threefry
+    key = jax.random.key(seed, impl="rbg")
     model = Transformer(llama, nnx.Rngs(key))
     return model, nnx.Optimizer(model, optax.adam(learning_rate), wrt=nnx.Param)
 
@@ -455,9 +470,9 @@ class Program(NamedTuple):
     tokens: jax.ShapeDtypeStruct
 
 
-def plan(llama: Llama, config: Config, mesh: Mesh, rules: dict, batch_size: int, sequence_length: int) -> Program:
+def plan(llama: Llama, learning_rate: float, mesh: Mesh, rules: dict, batch_size: int, sequence_length: int) -> Program:
     """每個陣列多大、切在哪裡。要在 rule_book 裡呼叫。"""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: create(llama, config.learning_rate, config.seed)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: create(llama, learning_rate, 0)))
     shardings = nnx.get_named_sharding(state, mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     tokens = NamedSharding(mesh, translate(ACTIVATIONS["tokens"], rules))
@@ -599,10 +614,10 @@ class Result:
         return np.abs(ours - theirs) / np.abs(theirs)
 
 
-def initial_state(program: Program, config: Config, llama: Llama) -> nnx.State:
+def initial_state(program: Program, config: Config) -> nnx.State:
     """每個裝置只建立自己的那一塊；任何一個裝置都不必放下整個模型。"""
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
-    build = jax.jit(lambda seed: nnx.state(create(llama, config.learning_rate, seed)), out_shardings=shardings)
+    build = jax.jit(lambda seed: nnx.state(create(config.llama, config.learning_rate, seed)), out_shardings=shardings)
     return build(np.uint32(config.seed))
 
 
@@ -615,9 +630,9 @@ def train_strategy(config: Config, strategy: str, text: np.ndarray, stop: thread
     mesh, rules, rng = strategy_mesh(config, strategy), config.rule_books[strategy], np.random.default_rng(config.seed)
     training, held_out = np.split(text, [9 * len(text) // 10])
     with rule_book(mesh, rules), jax.default_matmul_precision("highest"):  # GPU 與 TPU 也用完整的 float32 相乘
-        program = plan(config.llama, config, mesh, rules, config.batch_size, config.sequence_length)
+        program = plan(config.llama, config.learning_rate, mesh, rules, config.batch_size, config.sequence_length)
         step = compile_step(program)
-        state = initial_state(program, config, config.llama)
+        state = initial_state(program, config)
         result = Result(strategy, mesh, rules, read_collectives(step.as_text(), mesh))
         while len(result.losses) < config.steps and not (stop and stop.is_set() and result.losses):
             inputs, targets = (distribute(x, program.tokens.sharding) for x in sample_batch(training, rng, config))
@@ -662,10 +677,11 @@ def count_parameters(llama: Llama) -> int:
     return sum(math.prod(sizes[axis] for axis in axes) for axes in WEIGHTS.values())
 
 
-def ledger_row(llama: Llama, config: Config, mesh: Mesh, rules: dict) -> dict[str, int]:
+def ledger_row(llama: Llama, mesh: Mesh, rules: dict) -> dict[str, int]:
     """編譯一整個訓練步驟，讀出每個裝置的位元組；陣列全是抽象的，不佔記憶體。"""
     with rule_book(mesh, rules):
-        step = compile_step(plan(llama, config, mesh, rules, mesh.devices.size, LEDGER_TOKENS), execute=False)
+        program = plan(llama, Config.learning_rate, mesh, rules, mesh.devices.size, LEDGER_TOKENS)
+        step = compile_step(program, execute=False)
     memory = step.memory_analysis()
     return {
         "state": memory.argument_size_in_bytes,  # 權重與動量
@@ -687,7 +703,7 @@ def ledger(config: Config, stop: threading.Event | None = None) -> list[dict]:
             shape = parse_mesh(name)
             problem = indivisible(rules, axis_sizes(llama, math.prod(shape.values()), LEDGER_TOKENS), shape)
             mesh = make_mesh(shape)
-            row = {"indivisible": problem} if problem else ledger_row(llama, config, mesh, rules)
+            row = {"indivisible": problem} if problem else ledger_row(llama, mesh, rules)
             rows.append({"model": config.ledger, "mesh": name, "strategy": strategy, **row})
             bar.set_postfix_str(f"{name} {strategy}")
     return rows
@@ -698,32 +714,35 @@ def fitting_chips(size: int) -> str:
     return "、".join(str(capacity) for capacity in CHIPS.values() if size <= capacity * 1e9) or "都不行"
 
 
+def markdown(header: str, rows: list[list[str]]) -> str:
+    """Markdown 表格；header 是用 | 分開的欄名。"""
+    columns = header.split(" | ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) + "\n" for line in lines)
+
+
 def ledger_table(rows: list[dict]) -> str:
     """Markdown 表格，單位是一個裝置的 GB。"""
-    lines = [
-        "| Mesh | 策略 | 權重 + 動量 | 梯度 | 合計 | 放得下的晶片 (GB) | 編譯器的暫存 | 連暫存也放得下 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for row in rows:
-        start = f"| {row['mesh']} | `{row['strategy']}` |"
         if "indivisible" in row:
             axis, parts = row["indivisible"]
-            lines.append(f"{start} `{axis}` 切不成 {parts} 份 | | | | | |")
-            continue
-        lasting = row["state"] + row["gradients"]
-        sizes = row["state"], row["gradients"], lasting
-        cells = [*(f"{size / 1e9:.2f}" for size in sizes), fitting_chips(lasting)]
-        cells += [f"{row['temporary'] / 1e9:.2f}", fitting_chips(lasting + row["temporary"])]
-        lines.append(f"{start} {' | '.join(cells)} |")
+            cells = [f"`{axis}` 切不成 {parts} 份", "", "", "", "", ""]
+        else:
+            lasting = row["state"] + row["gradients"]
+            cells = [*(f"{size / 1e9:.2f}" for size in (row["state"], row["gradients"], lasting))]
+            cells += [fitting_chips(lasting), f"{row['temporary'] / 1e9:.2f}"]
+            cells.append(fitting_chips(lasting + row["temporary"]))
+        lines.append([row["mesh"], f"`{row['strategy']}`", *cells])
     parameters = count_parameters(LLAMAS[rows[0]["model"]])
     gb = parameters * 2 / 1e9
-    lines += [
-        "",
+    header = "Mesh | 策略 | 權重 + 動量 | 梯度 | 合計 | 放得下的晶片 (GB) | 編譯器的暫存 | 連暫存也放得下"
+    return (
+        f"{markdown(header, lines)}\n"
         f"{rows[0]['model']}：{parameters:,} 個參數。全用 bfloat16：權重 {gb:.1f} + 梯度 {gb:.1f} + Adam {2 * gb:.1f}"
         f" = {4 * gb:.1f} GB。權重的正本與動量用 float32 (混合精度)："
-        f"bfloat16 的權重與梯度 {2 * gb:.1f} + float32 的正本與動量 {6 * gb:.1f} = {8 * gb:.1f} GB。",
-    ]
-    return "\n".join(lines) + "\n"
+        f"bfloat16 的權重與梯度 {2 * gb:.1f} + float32 的正本與動量 {6 * gb:.1f} = {8 * gb:.1f} GB。\n"
+    )
 
 
 # 9. 表格與圖 -----------------------------------------------------------------------------------------
@@ -752,28 +771,26 @@ def strategy_rows(results: dict[str, Result]) -> dict[str, dict]:
 
 def comparison_table(rows: dict[str, dict]) -> str:
     """Markdown 表格：一個裝置的位元組、集體通訊，與 single 的差。"""
-    lines = [
-        "| 策略 | 參數 (KB) | 梯度 (KB) | Adam (KB) | 集體通訊：次數 (軸) | 通訊量 (KB) | 一步 (毫秒) | 最大相對差 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for name, row in rows.items():
-        sizes = " | ".join(f"{row['bytes'][key] / 1e3:,.1f}" for key in ("parameters", "gradients", "moments"))
+        sizes = (f"{row['bytes'][key] / 1e3:,.1f}" for key in ("parameters", "gradients", "moments"))
         calls = "、".join(f"{c['operation']} × {c['count']} ({c['axes']})" for c in row["collectives"]) or "沒有"
         traffic = sum(c["bytes"] for c in row["collectives"]) / 1e3
-        end = f"{1e3 * row['seconds_per_step']:.0f} | {row['max_relative_difference']:.1e}"
-        lines.append(f"| `{name}` | {sizes} | {calls} | {traffic:,.1f} | {end} |")
-    return "\n".join(lines) + "\n"
+        end = f"{1e3 * row['seconds_per_step']:.0f}", f"{row['max_relative_difference']:.1e}"
+        lines.append([f"`{name}`", *sizes, calls, f"{traffic:,.1f}", *end])
+    header = "策略 | 參數 (KB) | 梯度 (KB) | Adam (KB) | 集體通訊：次數 (軸) | 通訊量 (KB) | 一步 (毫秒) | 最大相對差"
+    return markdown(header, lines)
 
 
 def translation_table(result: Result) -> str:
     """每個權重：邏輯軸 → 規則 → Mesh 軸 → 一個裝置上的形狀；切法從陣列讀出來。"""
-    lines = ["| 權重 | 邏輯軸 | PartitionSpec | 整個的形狀 | 一個裝置上的形狀 |", "| --- | --- | --- | --- | --- |"]
+    lines = []
     for name, axes in WEIGHTS.items():
         array = result.weights[name]
         spec = ", ".join("+".join(mesh_axes(entry)) or "None" for entry in translate(axes, result.rules))
         shard = array.sharding.shard_shape(array.shape)
-        lines.append(f"| {name} | {', '.join(axes)} | {spec} | {array.shape} | {shard} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, ", ".join(axes), spec, str(array.shape), str(shard)])
+    return markdown("權重 | 邏輯軸 | PartitionSpec | 整個的形狀 | 一個裝置上的形狀", lines)
 
 
 def show_strategy(result: Result) -> None:
@@ -844,7 +861,7 @@ def draw_bytes_and_collectives(rows: dict[str, dict], config: Config) -> None:
 
 
 def draw_placement(result: Result, config: Config) -> None:
-    """哪個裝置放哪一塊：Mesh、一批文字、gate 的一層。一塊一個顏色，塊裡的數字是裝置。"""
+    """哪個裝置放哪一塊：Mesh、一批文字、gate 的一層。一塊一個顏色，塊裡的數字是裝置在 Mesh 裡的位置。"""
     sizes, mesh = axis_sizes(config.llama, config.batch_size, config.sequence_length), result.mesh
     figure, (chart, *panels) = plt.subplots(1, 3, figsize=(10, 3.4), width_ratios=[1, 2, 2])
     position = {device: i for i, device in enumerate(mesh.devices.flat)}
@@ -868,7 +885,7 @@ def draw_placement(result: Result, config: Config) -> None:
         axes.set_title(f"{title}: {len(blocks)} block{'s' * (len(blocks) > 1)}")
     for axes in (chart, *panels):
         axes.set(xticks=[], yticks=[])
-    figure.suptitle(f"{result.strategy}: numbers are devices")
+    figure.suptitle(f"{result.strategy}: numbers are positions in the mesh")
     save_figure(figure, config.out_dir / f"placement_{result.strategy}.png")
 
 
@@ -880,7 +897,7 @@ def draw_block(axes, rows: tuple[int, int], columns: tuple[int, int], text: str,
 
 
 def draw_ledger(rows: list[dict], config: Config) -> None:
-    """每一列在一個晶片上要多少；虛線是晶片的容量。"""
+    """每一列在一顆晶片上要多少；虛線是晶片的容量。"""
     rows = [row for row in rows if "state" in row]
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.38 * len(rows)))
     names, start = [f"{row['mesh']}  {row['strategy']}" for row in rows], np.zeros(len(rows))
@@ -894,7 +911,7 @@ def draw_ledger(rows: list[dict], config: Config) -> None:
         axes.text(capacity, -0.8, f"{name}\n{capacity}", ha="center", va="bottom", fontsize=8)
     axes.set(xlabel="GB on one device", ylim=(len(rows) - 0.4, -0.7))
     axes.legend(loc="lower right", fontsize=9, frameon=True, framealpha=1)
-    axes.set_title(f"{config.ledger}: one train step, one sequence of {LEDGER_TOKENS} tokens per device", pad=32)
+    axes.set_title(f"{config.ledger}: one train step, batch = devices, {LEDGER_TOKENS} tokens per sequence", pad=32)
     save_figure(figure, config.out_dir / f"ledger_{config.ledger}.png")
 
 
@@ -983,11 +1000,12 @@ def finish(config, interrupted: bool, progress: str) -> None:
 
 
 def main() -> None:
-    config = parse_config(Config, "第 5 課：Mesh 與切分規則，從一個晶片到許多晶片")
+    config = parse_config(Config, "第 5 課：Mesh 與切分規則，從一顆晶片到許多晶片")
     check(config)
     start_devices(config)
     prepare_out_dir(config.out_dir)
-    stop = stop_on_ctrl_c()
+    # 幾個行程時，只有收到 Ctrl-C 的那一個會停，其餘的會永遠等它：不接管，照常中斷
+    stop = stop_on_ctrl_c() if jax.process_count() == 1 else threading.Event()
     plot_style()
     device = {"platform": jax.default_backend(), "count": jax.device_count()}
     if config.ledger != "none":
@@ -1017,12 +1035,12 @@ def main() -> None:
         if name != "single":
             draw_placement(result, config)
             show_strategy(result)
-    last = [*rows.values()][-1]
-    kilobytes = {
-        "device_kb": sum(last["bytes"].values()) / 1e3,
-        "collective_kb": sum(c["bytes"] for c in last["collectives"]) / 1e3,
-    }  # 最後一種策略的
-    save_metrics(config, seconds, device, strategies=rows, max_relative_difference=difference, **kilobytes)
+    last = [*rows.values()][-1]  # device_kb、collective_kb 是最後一種策略的
+    save_metrics(
+        config, seconds, device, strategies=rows, max_relative_difference=difference,
+        device_kb=sum(last["bytes"].values()) / 1e3,
+        collective_kb=sum(c["bytes"] for c in last["collectives"]) / 1e3,
+    )  # fmt: skip
     test_losses = "、".join(f"{name} {row['test_loss']:.5f}" for name, row in rows.items())
     print(f"\n{comparison_table(rows)}\n沒看過的文字上的損失：{test_losses}")
     figure = f"{len(rows)} 種策略的損失與 single 的最大相對差 {difference:.1e}"

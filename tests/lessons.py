@@ -116,6 +116,8 @@ WRONG = {
         "--group label",
         "--group image --group-size 1",
         "--group image --baseline moving-average",
+        "--algorithm ppo --group image",
+        "--algorithm ppo --baseline moving-average",
         "--compare --baseline moving-average",
         "--train-epochs 0",
         "--learning-rate nan",
@@ -147,6 +149,8 @@ WRONG = {
         "--num-processes 2",
         "--coordinator nowhere",
         "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
+        "--coordinator auto --num-processes 2",
+        "--ledger llama3-8b --coordinator 127.0.0.1:9",
     ],
 }
 RESULTS = {
@@ -162,6 +166,7 @@ RESULTS = {
     "4_GRPO_MNIST": {  # 每輪一個數字的，取最後一輪
         "train_accuracy": ("訓練集，採樣的準確率 (%)", "{:.2f}"),
         "test_accuracy": ("測試集，貪婪的準確率 (%)", "{:.2f}"),
+        "missing_digits": ("測試集上一次都不猜的數字有幾個", "{:.2g}"),
     },
     "5_Sharding_Demo": {"max_relative_difference": ("損失與 single 的最大相對差", "{:.1e}")},
 }
@@ -200,6 +205,7 @@ HIGHER_IS_BETTER = {
     "greedy_return": True,
     "train_accuracy": True,
     "test_accuracy": True,
+    "missing_digits": False,
     "max_relative_difference": False,
 }  # 試驗表的「最差」往哪邊找
 

@@ -67,6 +67,19 @@ def test_the_worked_example_of_the_readme():
     np.testing.assert_allclose(image, [[0, 1, 0, 0], [0, -1, 0, 0]], atol=1e-6)
 
 
+@given(hnp.arrays(np.float64, 10, elements=st.floats(-2, 2)), st.integers(0, 9))
+def test_the_own_reward_in_the_group_mean_only_scales_the_gradient(logits, label):
+    """兩個答案的 100 種組合全部算過：期望的梯度是正確的策略梯度的 1 - 1/2 倍。"""
+    policy, reward = scipy.special.softmax(logits), np.eye(10)[label]
+    score = np.eye(10) - policy  # 每個動作的 ∇ log π (對 logits)
+    expected, pairs = np.zeros(10), np.argwhere(np.ones((10, 10)))
+    rewards = jnp.asarray(reward[pairs.T])  # (2, 100)：一欄一種組合
+    advantages = np.asarray(rewards - grpo.group_baseline(rewards, "image"))
+    for (first, second), (a, b) in zip(pairs, advantages.T, strict=True):
+        expected += policy[first] * policy[second] * (a * score[first] + b * score[second]) / 2
+    np.testing.assert_allclose(expected, 0.5 * (policy * reward) @ score, atol=1e-6)
+
+
 def test_normalising_twice_hides_any_baseline():
     """筆記先減基線再標準化；再減一次平均，減掉的是什麼都沒有差別。這裡的優勢不會這樣。"""
     rewards = jnp.array([[1.0, 0.0, 0.0, 1.0, 1.0]])
@@ -285,7 +298,7 @@ def test_the_checksums_are_the_published_ones():
 
 
 def test_rebuilding_the_data_set_gives_the_same_files(data, tmp_path):
-    """從讀到的陣列還原四個原始檔案，核對校驗碼，再用 TFDS 的 builder 做一次，比較每一筆紀錄。
+    """從讀到的陣列還原四個原始檔案，核對雜湊值，再用 TFDS 的 builder 做一次，比較每一筆紀錄。
 
     array_record 由幾個執行緒寫出，檔案的位元組每次可能不同；讀回來的紀錄與說明檔要完全相同。
     """
@@ -366,9 +379,8 @@ def small(data, count=512):
 def test_each_epoch_sees_every_image_once_and_counts_are_right(data, monkeypatch):
     """每輪的順序是不重複的編號；採樣準確率是平均獎勵。"""
     seen = []
-    log = grpo.EpochLog(
-        np.array([0.5, 0.7]), np.array([0.0, 0.5]), np.array([0.1, 0.2]), np.zeros((2, 3)), np.ones((2, 3))
-    )
+    outside = np.array([[0.0, 0.2, 0.4], [0.0, 0.2, 0.6]])
+    log = grpo.EpochLog(np.array([0.5, 0.7]), np.array([0.0, 0.5]), np.array([0.1, 0.2]), np.zeros((2, 3)), outside)
     monkeypatch.setattr(grpo, "train_epoch", lambda agent, data, order, train_epochs: seen.append(order) or log)
     result = grpo.train(grpo.Config(num_epochs=2, batch_size=200), small(data), progress=False)
     assert [order.shape for order in seen] == [(2, 200)] * 2
@@ -377,14 +389,40 @@ def test_each_epoch_sees_every_image_once_and_counts_are_right(data, monkeypatch
     assert result.train_accuracy == pytest.approx([60, 60])
     assert result.silent_shares == [0.25] * 2
     assert result.residuals == pytest.approx([0.15 / 0.24] * 2)
-    assert result.outside_shares == [1.0] * 2
+    assert result.outside_shares == pytest.approx([0.5] * 2)  # 最後一遍
+    assert result.env_steps == 2 * 400 * 4
+
+
+def test_the_log_of_an_epoch_is_that_of_its_batches(data):
+    """編譯成一次呼叫的一整輪，第一批的紀錄與一步一步做的相同。"""
+    config = grpo.Config(batch_size=64, group_size=2, group="image", train_epochs=3)
+    subset, order = small(data).train, np.arange(128).reshape(2, 64)
+    log = grpo.train_epoch(grpo.GRPOAgent(config), subset, order, 3)
+    agent = grpo.GRPOAgent(config)
+    batch = rollout(agent, subset.images[:64] / 255, subset.labels[:64])
+    outside = [float(train_actor(agent, batch)[1]) for _ in range(3)]
+    rewards = np.asarray(batch.rewards)
+    assert float(log.reward[0]) == pytest.approx(rewards.mean())
+    assert float(log.silent[0]) == pytest.approx((rewards[0] == rewards[1]).mean())
+    assert float(log.residual[0]) == pytest.approx(rewards.var(axis=0).mean())
+    np.testing.assert_allclose(log.outside[0], outside, atol=0.02)
+    assert log.loss.shape == (2, 3)
+
+
+def test_every_variant_of_the_comparison_is_what_its_name_says():
+    rows = grpo.variants(grpo.Config(algorithm="ppo"))
+    assert {name for name, row in rows.items() if row.algorithm != "grpo"} == {"ppo", "supervised"}
+    assert rows["default"] == grpo.Config()
+    assert [rows[f"batch_{size}"].batch_size for size in grpo.BATCH_SIZES] == [64, 256, 1024, 4096]
 
 
 def test_evaluation_is_greedy(data):
     agent = grpo.GRPOAgent(grpo.Config())
     subset = small(data).test
     logits = np.asarray(agent.actor(subset.images / 255).logits)
-    assert grpo.evaluate(agent.actor, subset) == pytest.approx(100 * np.mean(logits.argmax(axis=1) == subset.labels))
+    guesses = logits.argmax(axis=1)
+    expected = 100 * np.mean(guesses == subset.labels), 10 - len(set(guesses.tolist()))
+    assert grpo.evaluate(agent.actor, subset) == pytest.approx(expected)
 
 
 def test_the_spread_of_the_baseline_follows_the_formula(data):

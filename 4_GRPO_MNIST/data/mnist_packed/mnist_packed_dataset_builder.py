@@ -37,7 +37,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             homepage="http://yann.lecun.com/exdb/mnist/",
             license="CC BY-SA 3.0",
             features=tfds.features.FeaturesDict({"images": images, "labels": labels}),
-            disable_shuffling=True,  # 紀錄照原始檔案的順序，讀回來才對得上原始檔案的校驗碼
+            disable_shuffling=True,  # 紀錄照原始檔案的順序，讀回來才對得上原始檔案的雜湊值
         )
 
     def _split_generators(self, dl_manager):
