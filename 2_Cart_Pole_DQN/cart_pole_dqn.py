@@ -468,6 +468,8 @@ def discounted_return(returns: np.ndarray, gamma: float) -> np.ndarray:
 
 def play(agent: DQNAgent, render_mode: str) -> list[np.ndarray]:
     """不探索，玩一個回合；回傳每四步一張的畫面 (rgb_array)。"""
+    if render_mode == "rgb_array":
+        os.environ["SDL_VIDEODRIVER"] = "dummy"  # 不開視窗，請 SDL 不要找螢幕
     env = gym.make("CartPole-v1", render_mode=render_mode)
     state, _ = env.reset(seed=0)
     frozen, frames, step, done = agent.freeze(), [], 0, False

@@ -107,7 +107,7 @@ class Config:
     ledger: Literal["none", *LLAMAS] = "none"
     """不訓練，改算這個模型的記憶體帳"""
     ledger_meshes: tuple[str, ...] = ("1x8", "4x2", "8x8")
-    """記憶體帳要算哪些 Mesh"""
+    """記憶體帳要算哪些 Mesh；1x1 的 single 一定會算"""
     coordinator: str = ""
     """多台主機：第 0 個行程的 HOST:PORT；auto 表示由 TPU 或 Slurm 的環境決定"""
     num_processes: int = 1
@@ -850,7 +850,7 @@ def draw_bytes_and_collectives(rows: dict[str, dict], config: Config) -> None:
         start += sizes
     counts = [sum(c["count"] for c in rows[name]["collectives"]) for name in names]
     for y, (end, count) in enumerate(zip(start, counts, strict=True)):
-        right.annotate(f" {count} calls", (end, y), va="center", fontsize=9)
+        right.annotate(f" {count} call{'' if count == 1 else 's'}", (end, y), va="center", fontsize=9)
     left.set(xlabel="MB on one device", title="What one device holds")
     right.set(xlabel="MB per device and step", title="What the compiler added: collectives")
     right.set_xlim(0, 1.2 * max(start.max(), 0.1))

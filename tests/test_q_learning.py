@@ -183,7 +183,7 @@ def test_the_table_learns_before_the_first_episode_ends(seed, steps, changed, po
     assert (np.count_nonzero(result.q_table), np.count_nonzero(result.q_table > 0)) == (changed, positive)
     text = (script("1_Q_Learning").parent / "README.md").read_text(encoding="utf-8")
     assert f"{steps} 步" in text
-    assert f"{changed} 格" in text
+    assert f" {changed} 個" in text
 
 
 def test_comparison_runs_and_its_table_comes_from_its_rows(tmp_path):
