@@ -421,8 +421,9 @@ def test_evaluation_is_greedy(data):
     subset = small(data).test
     logits = np.asarray(agent.actor(subset.images / 255).logits)
     guesses = logits.argmax(axis=1)
-    expected = 100 * np.mean(guesses == subset.labels), 10 - len(set(guesses.tolist()))
-    assert grpo.evaluate(agent.actor, subset) == pytest.approx(expected)
+    accuracy, missing = grpo.evaluate(agent.actor, subset)
+    assert accuracy == pytest.approx(float(100 * np.mean(guesses == np.asarray(subset.labels))))
+    assert missing == 10 - len(set(guesses.tolist()))
 
 
 def test_the_spread_of_the_baseline_follows_the_formula(data):
@@ -447,7 +448,15 @@ def fake_training(monkeypatch, data, stop=None, stop_at=None):
         if len(calls) == stop_at:
             stop.set()
         score = [50.0, 90.0 + len(calls)]
-        return grpo.Result(grpo.GRPOAgent(config), score, score, [0.5] * 2, [1.0] * 2, [0.0] * 2, [0.1] * 2)
+        return grpo.Result(
+            grpo.GRPOAgent(config),
+            train_accuracy=score,
+            test_accuracy=score,
+            silent_shares=[0.5] * 2,
+            residuals=[1.0] * 2,
+            outside_shares=[0.0] * 2,
+            epoch_seconds=[0.1] * 2,
+        )
 
     monkeypatch.setattr(grpo, "train", train)
     monkeypatch.setattr(grpo, "load_mnist", lambda: small(data, 64))
