@@ -21,7 +21,7 @@ SHORT = {
     "1_Q_Learning": "--episodes 300 --decay-episodes 150",
     "2_Cart_Pole_DQN": "--total-steps 2000 --updates-per-train 16",
     "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
-    "4_GRPO_MNIST": "--num-epochs 2 --batch-size 4096 --train-epochs 2",
+    "4_GRPO_MNIST": "--num-epochs 2 --batch-size 8192 --train-epochs 2",
     "5_Sharding_Demo": "--strategies data_model --steps 2 --num-layers 1 --sequence-length 32",
 }
 EVERY_FLAG = {
@@ -47,9 +47,7 @@ EVERY_FLAG = {
     "4_GRPO_MNIST": [
         "--seed 7 --num-epochs 1 --batch-size 3000 --group image --group-size 3 --train-epochs 3 --beta 0.1 "
         "--learning-rate 1e-3 --no-anneal-learning-rate --clip-epsilon 0.1",
-        "--num-epochs 1 --batch-size 8192 --baseline moving-average --group-size 1 --train-epochs 1",
-        "--num-epochs 1 --batch-size 4096 --algorithm ppo",
-        "--num-epochs 1 --batch-size 60000 --algorithm supervised --group-size 1",
+        "--num-epochs 1 --batch-size 8192 --algorithm ppo --baseline group --train-epochs 1",
     ],
     "5_Sharding_Demo": [
         "--strategies single --rules batch=data,mlp=model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "

@@ -45,6 +45,8 @@ def test_help_explains_every_flag(lesson, tmp_path):
 
 
 def test_a_terminal_without_chinese_does_not_stop_a_lesson(lesson, tmp_path):
+    if lesson != LESSONS[0]:
+        pytest.skip("parse_config 每一課都一樣 (test_helpers_are_the_same_everywhere)，跑一課就夠")
     command = [sys.executable, str(script(lesson)), "--help"]
     environment = lessons.environment() | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -89,11 +91,10 @@ def test_wrong_values_are_refused_in_one_line(lesson, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", ["--seed abc --out-dir out", "--seed -1 --out-dir out", "--out-dir a_file/out"])
-def test_wrong_values_are_refused_as_a_user_sees_it(lesson, flags, tmp_path):
+def test_an_unwritable_out_dir_is_refused_as_a_user_sees_it(lesson, tmp_path):
     (tmp_path / "a_file").touch()
-    result = run(lesson, flags, tmp_path)
-    assert_refused(result.returncode, result.stdout, result.stderr, flags)
+    result = run(lesson, "--out-dir a_file/out", tmp_path)
+    assert_refused(result.returncode, result.stdout, result.stderr, "--out-dir a_file/out")
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 
