@@ -44,16 +44,6 @@ def test_help_explains_every_flag(lesson, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_terminal_without_chinese_does_not_stop_a_lesson(lesson, tmp_path):
-    if lesson != LESSONS[0]:
-        pytest.skip("parse_config 每一課都一樣 (test_helpers_are_the_same_everywhere)，跑一課就夠")
-    command = [sys.executable, str(script(lesson)), "--help"]
-    environment = lessons.environment() | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "--out-dir" in result.stdout
-
-
 def test_short_runs_use_every_flag(lesson):
     used = {word for flags in EVERY_FLAG[lesson] for word in flags.split() if word.startswith("--")}
     names = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in used}

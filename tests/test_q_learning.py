@@ -1,13 +1,15 @@
 """第 1 課：環境、價值迭代與更新對照獨立的算法，以及完整的預設執行。"""
 
 import itertools
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.optimize
 from hypothesis import given, settings
-from lessons import load, metrics, run, script
+from lessons import environment, load, metrics, run, script
 
 q_learning = load("1_Q_Learning")
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -184,6 +186,15 @@ def test_the_table_learns_before_the_first_episode_ends(seed, steps, changed, po
     text = (script("1_Q_Learning").parent / "README.md").read_text(encoding="utf-8")
     assert f"{steps} 步" in text
     assert f" {changed} 個" in text
+
+
+def test_a_terminal_without_chinese_does_not_stop_a_lesson(tmp_path):
+    """parse_config 每一課都一樣，跑一課就夠。"""
+    command = [sys.executable, str(script("1_Q_Learning")), "--help"]
+    terminal = environment() | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=tmp_path, env=terminal, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--out-dir" in result.stdout
 
 
 def test_comparison_runs_and_its_table_comes_from_its_rows(tmp_path):
