@@ -205,7 +205,7 @@ def benchmark_compare(lesson: str, write: bool) -> None:
                 rows = metrics(Path(folder))[key]
                 record = {"defaults": defaults(lesson), "rows": rows}
                 write_json(ROOT / lesson / "figures" / f"{name}.json", record)
-                replace_block(ROOT / lesson / "README.md", name, getattr(load(lesson), table)(rows))
+                replace_block(ROOT / lesson / "README.md", name, getattr(load(lesson).extras, table)(rows))
                 copy_figures(lesson, Path(folder))
 
 

@@ -1,9 +1,8 @@
 """測試與 benchmark.py 共用：找到每一課、載入腳本、像使用者一樣在子行程裡執行。"""
 
-import ast
 import functools
-import importlib.util
-import itertools
+import importlib
+import inspect
 import json
 import os
 import re
@@ -14,6 +13,13 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(folder.name for folder in ROOT.glob("[0-9]_*") if folder.is_dir())
+SCRIPTS = {
+    "1_Q_Learning": "Q_Learning.py",
+    "2_Cart_Pole_DQN": "cart_pole_dqn.py",
+    "3_Pendulum": "pendulum.py",
+    "4_GRPO_MNIST": "grpo_mnist.py",
+    "5_Sharding_Demo": "sharding_demo.py",
+}
 READMES = [ROOT / "README.md", *(ROOT / lesson / "README.md" for lesson in LESSONS)]
 
 # 每一課：幾秒就結束的旗標；合起來用到每一個旗標的幾組短跑；錯的值；README 的結果表列出的數字。
@@ -72,6 +78,9 @@ WRONG = {
         "--epsilon-start 2",
         "--epsilon-end -1",
         "--decay-episodes 0",
+        "--alpha 0",
+        "--episodes 1000000000000",
+        "--compare --initial-q -200",
     ],
     "2_Cart_Pole_DQN": [
         "--seed -1",
@@ -209,20 +218,15 @@ HIGHER_IS_BETTER = {
 
 
 def script(lesson: str) -> Path:
-    """這一課唯一的腳本。"""
-    (path,) = (ROOT / lesson).glob("*.py")
-    return path
+    """這一課要執行的腳本；資料夾裡其他的 .py 是它匯入的。"""
+    return ROOT / lesson / SCRIPTS[lesson]
 
 
 @functools.cache
 def load(lesson: str) -> ModuleType:
-    """資料夾名以數字開頭，不能用 import 陳述式；照路徑載入。"""
-    path = script(lesson)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    """像讀者在筆記本裡那樣匯入：資料夾放進 sys.path，再匯入腳本。"""
+    sys.path.insert(0, str(ROOT / lesson))
+    return importlib.import_module(script(lesson).stem)
 
 
 def environment() -> dict[str, str]:
@@ -252,17 +256,13 @@ def metrics(out_dir: Path) -> dict:
 
 
 def config_fields(lesson: str) -> list[tuple[str, str, str]]:
-    """Config 的每個欄位：(名字, 預設值, 說明)；說明是欄位下面的那一行字串。"""
-    module = load(lesson)
-    tree = ast.parse(script(lesson).read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    fields = []
-    for field, doc in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign):
-            name = field.target.id
-            default = getattr(module.Config, name)
-            fields.append((name, show_default(default), doc.value.value))
-    return fields
+    """Config 的每個欄位：(名字, 預設值, 說明)；說明是同一行最後的註解。"""
+    config_class = load(lesson).Config
+    source = inspect.getsource(config_class)
+    return [
+        (name, show_default(getattr(config_class, name)), re.search(rf"^    {name}: .*?  # (.*)$", source, re.M)[1])
+        for name in config_class.__dataclass_fields__
+    ]
 
 
 def defaults(lesson: str) -> dict[str, str]:

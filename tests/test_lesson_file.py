@@ -1,0 +1,334 @@
+"""lesson.py 與 lesson_extras.py：每一課都相同，所以在最快的第 1 課上試 (要 JAX 的，在第 2 課)。"""
+
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import lessons
+import numpy as np
+import pytest
+from lessons import ROOT, SHORT, load, metrics, run, script
+
+LESSON = "1_Q_Learning"
+JAX_LESSON = "2_Cart_Pole_DQN"
+lesson_extras = load(LESSON).extras.lesson_extras
+lesson = load(LESSON).lesson
+
+
+def start(name: str, flags: str, cwd, environment: dict | None = None, **options) -> subprocess.Popen:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    command = [sys.executable, str(script(name)), *flags.split()]
+    return subprocess.Popen(command, cwd=cwd, env=lessons.environment() | (environment or {}), **options)
+
+
+def open_terminal() -> tuple[int, int]:
+    """虛擬終端機的兩端；寬度是 0 的終端機，tqdm 什麼都不畫。"""
+    terminal, child_side = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    return terminal, child_side
+
+
+def on_a_terminal(name: str, flags: str, cwd, environment: dict | None = None) -> tuple[int, str]:
+    """整個行程都在終端機裡；回傳結束狀態與看到的字。"""
+    terminal, child_side = open_terminal()
+    process = start(name, flags, cwd, environment, stdin=child_side, stdout=child_side, stderr=child_side)
+    os.close(child_side)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError:  # 另一邊關了
+            break
+    os.close(terminal)
+    return process.wait(timeout=60), seen.decode(errors="replace")
+
+
+# 命令列
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "xterm-256color"}, {"TERM": "dumb"}, {"PYTHONIOENCODING": "big5"}])
+def test_the_wrong_flag_is_named_on_every_terminal(environment, tmp_path):
+    status, seen = on_a_terminal(LESSON, "--episods 5", tmp_path, {"PYTHONUTF8": "0", "COLUMNS": "100"} | environment)
+    assert status == 2
+    assert "--episods" in seen
+    assert "--episodes" in seen  # 最像的旗標
+    assert "Traceback" not in seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_without_chinese_does_not_stop_a_lesson(tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    for flags, words in (("--help", "--out-dir"), (f"{SHORT[LESSON]} --out-dir out", "out")):
+        process = start(LESSON, flags, tmp_path, ascii_only)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert words in out
+    process = start(LESSON, "--alpha 2", tmp_path, ascii_only)
+    assert "--alpha" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+
+
+def test_bounds_are_closed_and_nan_is_outside():
+    config_class = load(LESSON).Config
+    assert config_class(gamma=0.0).gamma == 0.0
+    assert config_class(gamma=1.0).gamma == 1.0
+    for value in (-1e-9, 1.0000001, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^--gamma 是 .*；要在 0 與 1 之間$"):
+            config_class(gamma=value)
+
+
+# 輸出：關掉的、被拿走的、沒有空間的
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -n 1"])
+def test_closed_outputs_do_not_stop_a_lesson(closed, tmp_path):
+    command = f"exec {sys.executable} {script(LESSON)} {SHORT[LESSON]} --out-dir out {closed}"
+    result = subprocess.run(["bash", "-c", f"{command}"], cwd=tmp_path, env=lessons.environment(), capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert b"Traceback" not in result.stderr
+    assert metrics(tmp_path / "out")["episodes"] == 300
+    assert (tmp_path / "out" / "learning_curve.png").stat().st_size > 0
+
+
+def test_no_bars_in_a_log(tmp_path):
+    result = run(LESSON, "--compare --episodes 20 --decay-episodes 10 --out-dir out", tmp_path)
+    assert result.returncode == 0
+    assert result.stderr == ""
+
+
+def test_a_full_disk_leaves_the_old_files_whole(tmp_path):
+    assert run(LESSON, f"{SHORT[LESSON]} --out-dir out", tmp_path).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))}
+    process = start(LESSON, f"{SHORT[LESSON]} --seed 1 --out-dir out", tmp_path, **full)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("錯誤：out/metrics.json 寫不進去")
+    assert len(err.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_two_runs_in_one_folder_both_end_well(tmp_path):
+    processes = [start(LESSON, f"{SHORT[LESSON]} --seed {seed} --out-dir out", tmp_path) for seed in (1, 2)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    files = {"q_values.png", "value_spread.png", "learning_curve.png", "metrics.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+    assert metrics(tmp_path / "out")["seed"] in (1, 2)
+
+
+# Ctrl-C
+
+
+def interrupted(process: subprocess.Popen) -> str:
+    """一定要以 130 結束，沒有 traceback；回傳 stdout。"""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, (out, err)
+    assert "Traceback" not in err
+    assert "KeyboardInterrupt" not in err
+    return out
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.4, 1.0])
+def test_ctrl_c_while_packages_are_imported_ends_with_130_and_writes_nothing(delay, tmp_path):
+    process = start(JAX_LESSON, "--out-dir out", tmp_path)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    assert interrupted(process).startswith("已中斷：還沒有學到東西")
+    assert not list(tmp_path.iterdir())
+
+
+def wait_for_training(process: subprocess.Popen, terminal: int) -> None:
+    seen, deadline = b"", time.monotonic() + 60
+    while "訓練".encode() not in seen and "比較".encode() not in seen:
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 1)[0]:
+            seen += os.read(terminal, 4096)
+
+
+@pytest.mark.parametrize("flags", ["--episodes 1000000", "--compare --episodes 1000000"])
+def test_a_second_ctrl_c_ends_at_once_and_keeps_the_old_results(flags, tmp_path):
+    assert run(LESSON, f"{SHORT[LESSON]} --out-dir out", tmp_path).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    terminal, child_side = open_terminal()
+    process = start(LESSON, f"{flags} --max-steps 1000000 --grid-size 12 --out-dir out", tmp_path, stderr=child_side)
+    os.close(child_side)
+    wait_for_training(process, terminal)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    process.communicate(timeout=60)
+    os.close(terminal)
+    assert process.returncode == 130
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_sigterm_stops_like_ctrl_c(tmp_path):
+    terminal, child_side = open_terminal()
+    process = start(LESSON, "--episodes 10000000 --out-dir out", tmp_path, stderr=child_side)
+    os.close(child_side)
+    wait_for_training(process, terminal)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    os.close(terminal)
+    assert process.returncode == 130
+    assert out.splitlines()[-1] == f"已中斷：走完 {metrics(tmp_path / 'out')['episodes']} 個回合，目前的結果存在 out"
+
+
+def test_an_interrupt_before_anything_is_learnt_leaves_the_old_results(tmp_path, monkeypatch, capsys):
+    module = load(LESSON)
+    run_now = lesson.Run("test", module.__file__)
+    monkeypatch.setattr(module, "RUN", run_now)
+    for flags in ("", "--compare"):
+        monkeypatch.setattr(sys, "argv", ["Q_Learning.py", *flags.split(), "--out-dir", str(tmp_path / "out")])
+        run_now.stop.clear()
+        monkeypatch.setattr(run_now, "__call__", None, raising=False)
+        run_now.stop.set()
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+        assert stopped.value.code == 130
+        assert "沒有寫任何檔案" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_after_the_training_still_leaves_every_file_and_status_0(tmp_path, monkeypatch, capsys):
+    module = load(LESSON)
+    run_now = lesson.Run("test", module.__file__)
+    evaluate = module.evaluate
+
+    def press(*args):
+        run_now.stop.set()
+        return evaluate(*args)
+
+    monkeypatch.setattr(module, "RUN", run_now)
+    monkeypatch.setattr(module, "evaluate", press)
+    monkeypatch.setattr(sys, "argv", ["Q_Learning.py", *SHORT[LESSON].split(), "--out-dir", str(tmp_path / "out")])
+    run_now(module.main)
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert capsys.readouterr().out.splitlines()[-1].startswith("結果存在")
+
+
+# 讀者的環境
+
+
+def test_the_readers_matplotlib_does_not_matter(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: no_such_backend\nfont.size: 40\n")
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    process = start(LESSON, f"{SHORT[LESSON]} --out-dir out", tmp_path, inline)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (tmp_path / "out" / "learning_curve.png").stat().st_size > 0
+
+
+def test_versions_are_those_of_the_packages_that_the_lesson_imports(tmp_path):
+    """第 1 課不需要 JAX：擋住那些套件，照樣跑完。"""
+    for package in ("jax", "flax", "optax", "gymnasium", "tensorflow_probability", "tensorflow_datasets"):
+        (tmp_path / "blocked" / package).mkdir(parents=True)
+        (tmp_path / "blocked" / package / "__init__.py").write_text("raise ImportError('blocked')")
+    path = os.pathsep.join([str(tmp_path / "blocked"), lessons.environment()["PYTHONPATH"]])
+    process = start(LESSON, f"{SHORT[LESSON]} --out-dir out", tmp_path, {"PYTHONPATH": path})
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert metrics(tmp_path / "out")["versions"].keys() == {"python", "numpy", "matplotlib"}
+    assert metrics(tmp_path / "out")["device"] == {"platform": "cpu", "count": 1}
+
+
+def test_a_platform_that_is_not_here_is_explained(tmp_path):
+    process = start(JAX_LESSON, "--out-dir out", tmp_path, {"JAX_PLATFORMS": "cuda"})
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("錯誤：JAX 在這台機器上用不了 JAX_PLATFORMS=cuda；")
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_debugging_switch_of_jax_keeps_its_traceback(tmp_path):
+    flags = "--learning-rate 1e30 --total-steps 1200 --out-dir out"
+    process = start(JAX_LESSON, flags, tmp_path, {"JAX_DEBUG_NANS": "1"})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "FloatingPointError" in err
+    assert "Traceback" in err
+
+
+NOTEBOOK = """
+import os, signal, sys, threading
+handler, backend = signal.getsignal(signal.SIGINT), os.environ.get("MPLBACKEND")
+for script, flags in {runs!r}:
+    get_ipython().run_line_magic("run", f'"{{script}}" {{flags}}')
+    assert signal.getsignal(signal.SIGINT) is handler, script
+    assert os.environ.get("MPLBACKEND") == backend, script
+import runpy
+sys.argv = [{runs!r}[0][0], *{runs!r}[0][1].split(), "--seed", "9"]
+thread = threading.Thread(target=runpy.run_path, args=(sys.argv[0],), kwargs={{"run_name": "__main__"}})
+thread.start(); thread.join()
+import matplotlib.pyplot as plt
+import Q_Learning
+print("READY", Q_Learning.train(Q_Learning.Config(episodes=50)).episodes, plt.get_backend(), plt.plot([1, 2])[0].axes)
+"""
+
+
+def test_in_a_jupyter_kernel(tmp_path):
+    """真的核心：%run 每一課、從執行緒裡跑、把函式匯入、畫圖；Ctrl-C 還給核心。"""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    runs = [(str(script(name)), f"{SHORT[name]} --out-dir {tmp_path / name}") for name in lessons.LESSONS]
+    sources = [f"import sys; sys.path.insert(0, {str(ROOT / LESSON)!r})", NOTEBOOK.format(runs=runs)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    client = nbclient.NotebookClient(
+        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute(env=lessons.environment() | {"PYTHONPATH": ""})
+    printed = "".join(output.get("text", "") for output in notebook.cells[1].outputs)
+    assert "READY 50 module://matplotlib_inline.backend_inline" in printed.replace(
+        "inline ", "module://matplotlib_inline.backend_inline "
+    )
+    for name in lessons.LESSONS:
+        assert metrics(tmp_path / name)["lesson"] == name
+    assert metrics(tmp_path / LESSON)["seed"] == 9
+
+
+# 權重檔
+
+
+def damaged_files(folder, whole: bytes, arrays: dict) -> list[str]:
+    """空的、截斷的、不是 npz 的、少一個陣列的、形狀不對的、NaN、字串、整數。"""
+    name, first = next(iter(arrays.items()))
+    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"not weights", "json": json.dumps({}).encode()}
+    for kind, content in contents.items():
+        (folder / f"{kind}.npz").write_bytes(content)
+    np.save(folder / "array.npy", first)
+    changed = {
+        "nan": np.full_like(first, np.nan),
+        "strings": np.full(first.shape, "x"),
+        "integers": np.zeros(first.shape, int),
+        "shape": first[:1],
+    }
+    for kind, array in changed.items():
+        np.savez(folder / f"{kind}.npz", **(arrays | {name: array}))
+    np.savez(folder / "missing.npz", **{key: value for key, value in arrays.items() if key != name})
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_damaged_weights_are_refused_in_one_sentence(tmp_path):
+    nnx = pytest.importorskip("flax.nnx")
+    module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    lesson_extras.save_weights(tmp_path / "whole.npz", module)
+    arrays = dict(np.load(tmp_path / "whole.npz"))
+    (tmp_path / "damaged").mkdir()
+    for name in [*damaged_files(tmp_path / "damaged", (tmp_path / "whole.npz").read_bytes(), arrays), "absent.npz"]:
+        with pytest.raises(lesson.LessonError) as refused:
+            lesson_extras.load_weights(tmp_path / "damaged" / name, module, "--watch")
+        assert refused.value.args[1] == 2
+        assert refused.value.args[0].startswith(f"--watch {tmp_path / 'damaged' / name} 讀不出這一課的權重")
+        assert "\n" not in refused.value.args[0], name
+    other = nnx.Linear(3, 2, rngs=nnx.Rngs(1))
+    lesson_extras.load_weights(tmp_path / "whole.npz", other, "--watch")
+    np.testing.assert_array_equal(other.kernel[...], module.kernel[...])
