@@ -49,6 +49,7 @@ class Config:
     episodes: Annotated[int, (1, 10**7)] = 20_000  # 訓練幾個回合
     max_steps: Annotated[int, (1, 10**6)] = 100  # 一個回合最多走幾步
     alpha: Annotated[float, (1e-6, 1)] = 0.1  # 學習率 α：每次更新往 TD 目標走幾分之幾
+    alpha_decay: Annotated[float, (0, 1)] = 0.0  # 同一格第 n 次更新，α 除以 n 的這個次方；0 是不變
     gamma: Annotated[float, (0, 1)] = 0.99  # 折扣因子 γ
     initial_q: Annotated[float, (-1e6, 1e6)] = 0.0  # Q 表的初始值；終點永遠是 0
     epsilon_start: Annotated[float, (0, 1)] = 1.0  # 第一個回合的 ε：隨機選動作的機率
@@ -148,6 +149,11 @@ def select_action(q_table, state: int, epsilon: float, uniform: Iterator[float])
     return q_table[state].index(max(q_table[state]))  # 利用
 
 
+def alpha_at(visit: int, config: Config) -> float:
+    """同一格的第 visit 次更新 (從 1 算) 用的 α：α / n^decay。0.5 < decay ≤ 1 滿足 Watkins 與 Dayan 的收斂條件。"""
+    return config.alpha / visit**config.alpha_decay
+
+
 def td_update(q_table, state, action, reward, next_state, terminated, alpha, gamma) -> float:
     """用一步的經驗更新 Q(S, A)，Sutton 與 Barto 式 (6.8)；回傳 TD 誤差。
 
@@ -160,13 +166,18 @@ def td_update(q_table, state, action, reward, next_state, terminated, alpha, gam
     return td_error
 
 
-def play_episode(q_table, grid: GridWorld, epsilon: float, config: Config, uniform: Iterator[float]):
-    """從起點走一個回合，每走一步就學一步；回傳這個回合的回報 (獎勵的總和，不打折) 與步數。"""
+def play_episode(q_table, visits, grid: GridWorld, epsilon: float, config: Config, uniform: Iterator[float]):
+    """從起點走一個回合，每走一步就學一步；回傳這個回合的回報 (獎勵的總和，不打折) 與步數。
+
+    visits[狀態][動作] 是那一格更新過幾次。
+    """
     state, total = 0, 0.0
     for step in range(1, config.max_steps + 1):
         action = select_action(q_table, state, epsilon, uniform)
         next_state, reward, terminated = grid.step(state, action, uniform)
-        td_update(q_table, state, action, reward, next_state, terminated, config.alpha, config.gamma)
+        visits[state][action] += 1
+        alpha = alpha_at(visits[state][action], config)
+        td_update(q_table, state, action, reward, next_state, terminated, alpha, config.gamma)
         state, total = next_state, total + reward
         if terminated:
             return total, step
@@ -198,6 +209,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
     start = time.perf_counter()
     grid = GridWorld(config.grid_size, config.slip)
     q_table, q_star = make_q_table(grid, config.initial_q), value_iteration(grid, config.gamma)
+    visits = np.zeros(grid.reward.shape, int).tolist()
     uniform = uniforms(np.random.default_rng(config.seed))
     returns, env_steps, curve, spread = [], 0, [], {}
     every = max(1, config.episodes // CURVE_POINTS)
@@ -205,7 +217,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
         for episode in range(config.episodes):
             if stop and stop.is_set():
                 break
-            episode_return, steps = play_episode(q_table, grid, epsilon_at(episode, config), config, uniform)
+            episode_return, steps = play_episode(q_table, visits, grid, epsilon_at(episode, config), config, uniform)
             returns.append(episode_return)
             env_steps += steps
 

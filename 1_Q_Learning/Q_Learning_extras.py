@@ -11,7 +11,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
 import lesson_extras
-from lesson_extras import figure, markdown_table
+from lesson_extras import figure, interval, markdown_table, show_mean
 
 ARROWS = "↑↓←→"
 TIE = 1e-6  # Q 值差這麼少的動作算一樣好
@@ -166,10 +166,17 @@ def comparison_table(rows: dict) -> str:
     lines = []
     for name, row in rows.items():
         errors = row["final_errors"]
-        cells = [f"{np.mean(row['mean_returns']):.1f}", f"{np.mean(row['greedy_returns']):.1f}"]
-        cells += [f"{100 * np.mean(row['optimal_states']):.0f} %", f"{np.median(errors):.1e}", f"{max(errors):.1e}"]
-        lines.append([name, *cells])
-    header = ("探索方式", "學習時的平均回報", "最後的貪婪回報", "動作選對的狀態", "與 Q* 的最大差距", "最差的種子")
+        cells = [show_mean(row["mean_returns"]), show_mean(row["greedy_returns"])]
+        cells += [show_mean(100 * np.array(row["optimal_states"]), "{:.0f}")]
+        lines.append([name, *cells, f"{np.median(errors):.1e}", f"{max(errors):.1e}"])
+    header = (
+        "探索方式",
+        "學習時的平均回報",
+        "最後的貪婪回報",
+        "動作選對的狀態 (%)",
+        "與 Q* 的最大差距：中位數",
+        "最差的種子",
+    )
     return markdown_table(header, lines)
 
 
@@ -179,11 +186,14 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         for i, (name, row) in enumerate(rows.items()):
             color, episodes, label = f"C{i % 4}", row["episodes"][0], name.split(", ")[0]
             style = {"color": color, "linestyle": ("-", "--", ":", "-.")[i % 4], "lw": 2.2, "label": label}
-            panels[0 if i < 4 else 2].plot(episodes, np.mean(row["returns"], axis=0), **style)
+            band = {"color": color, "alpha": 0.15, "lw": 0}
+            panel = panels[0 if i < 4 else 2]
+            panel.plot(episodes, np.mean(row["returns"], axis=0), **style)
+            panel.fill_between(episodes, *np.transpose([interval(r) for r in np.transpose(row["returns"])]), **band)
             if i < 4:
                 errors = np.maximum(row["errors"], 1e-16)
                 panels[1].plot(episodes, np.median(errors, axis=0), **style)
-                panels[1].fill_between(episodes, errors.min(axis=0), errors.max(axis=0), color=color, alpha=0.15)
+                panels[1].fill_between(episodes, errors.min(axis=0), errors.max(axis=0), **band)
         for axes in panels:
             axes.set(xlabel="episode", xscale="log", ylabel="return (mean of the seeds)")
             axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -1,15 +1,20 @@
 """把一課當成使用者那樣整個執行，量時間、記憶體與結果；README 裡的每個數字都從這裡來。
 
-python tests/benchmark.py 3_Pendulum                   種子 0 到 9，印出來
+python tests/benchmark.py 3_Pendulum                   種子 1000 到 1009，印出來
 python tests/benchmark.py 3_Pendulum --write           並寫進 figures/results.json 與 README 的結果表
 python tests/benchmark.py 3_Pendulum --compare --write    跑 --compare，更新比較圖與比較表
-python tests/benchmark.py 3_Pendulum --trials --write     跑 README 試驗表裡還沒有紀錄的列，更新表中的數字
+python tests/benchmark.py 3_Pendulum --trials --write     跑 README 試驗表，更新表中的數字
 python tests/benchmark.py --all --write                每一課的結果，與專案 README 的總表
-python tests/benchmark.py --all --compare --trials --write    每一課的比較與試驗，全部重跑
+python tests/benchmark.py --all --compare --trials --write    每一課的比較與試驗
+
+開始前先印出大概要多久。做完一項存一項；中斷之後再打同一個指令，同樣的程式與預設值下已經有紀錄的不會重跑
+(要重跑就刪掉 figures/ 裡的 .json)。
 """
 
 import argparse
+import ast
 import concurrent.futures
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +35,7 @@ from lessons import (
     LESSONS,
     RESULTS,
     ROOT,
+    TASK_FLAGS,
     block,
     config_table,
     defaults,
@@ -40,7 +46,46 @@ from lessons import (
     script,
 )
 
-SEEDS = range(10)
+lesson_extras = load(LESSONS[0]).extras.lesson_extras
+SEEDS, show_mean, show_difference = lesson_extras.SEEDS, lesson_extras.show_mean, lesson_extras.show_difference
+
+
+def code_digest(lesson: str, extras: bool = False) -> str:
+    """這一課程式的指紋，註解與說明文字不算；extras 決定要不要連 *_extras.py 一起算。"""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / lesson).glob("*.py")):
+        if path.name == "lesson.py" or (path.stem.endswith("_extras") and not extras):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def stamp(lesson: str, extras: bool = False) -> dict:
+    """一份紀錄是在哪樣的程式與預設值上做的。"""
+    return {"code": code_digest(lesson, extras), "defaults": defaults(lesson)}
+
+
+def recorded(lesson: str, name: str, extras: bool = False) -> dict:
+    """figures/name.json；沒有，或程式與預設值變了，就從頭開始。"""
+    path = ROOT / lesson / "figures" / f"{name}.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    fresh = stamp(lesson, extras)
+    return record if {key: record.get(key) for key in fresh} == fresh else fresh
+
+
+def announce(what: str, seconds: float) -> None:
+    print(f"{what}：大概還要 {seconds / 60:.0f} 分鐘", flush=True)
+
+
+def recorded_seconds(lesson: str) -> float:
+    """上一次紀錄裡，跑一次的秒數 (中位數)；沒有紀錄就當作 30 秒。"""
+    path = ROOT / lesson / "figures" / "results.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else [{"total_seconds": 30}]
+    return statistics.median(run["total_seconds"] for run in runs)
 
 
 def final(value: float | list[float]) -> float:
@@ -85,10 +130,13 @@ def median_and_range(values: list[float], pattern: str) -> str:
 def results_table(lesson: str, record: dict) -> str:
     """README 的結果表，完全由 results.json 決定。"""
     runs = record["runs"]
-    lines = [f"種子 {runs[0]['seed']} 到 {runs[-1]['seed']}，預設設定，{record['machine']}。", ""]
-    lines += ["| 量 | 中位數 (最小 – 最大) |", "| --- | --- |"]
+    seeds = f"種子 {runs[0]['seed']} 到 {runs[-1]['seed']} (調整設定只用 0 到 9)"
+    lines = [f"{seeds}，預設設定，{record['machine']}。", ""]
+    lines += ["| 量 | 平均 [95 % 信賴區間] | 最差的種子 |", "| --- | --- | --- |"]
     for key, (name, pattern) in RESULTS[lesson].items():
-        lines.append(f"| {name} | {median_and_range([run[key] for run in runs], pattern)} |")
+        values = [run[key] for run in runs]
+        lines.append(f"| {name} | {show_mean(values, pattern)} | {pattern.format(worst(key, values))} |")
+    lines += ["", "| 花費 | 中位數 (最小 – 最大) |", "| --- | --- |"]
     for key, name, pattern in (
         ("total_seconds", "整個行程的秒數，從啟動到結束", "{:.1f}"),
         ("train_seconds", "其中訓練的秒數", "{:.1f}"),
@@ -96,12 +144,7 @@ def results_table(lesson: str, record: dict) -> str:
     ):
         lines.append(f"| {name} | {median_and_range([run[key] for run in runs], pattern)} |")
     for key, (name, pattern) in RESULTS[lesson].items():
-        values = [run[key] for run in runs]
-        each = "、".join(pattern.format(value) for value in values)
-        lines += [
-            "",
-            f"{name}，{len(values)} 個種子的平均 {pattern.format(statistics.mean(values))}。每個種子：{each}。",
-        ]
+        lines += ["", f"{name}，每個種子：{'、'.join(pattern.format(run[key]) for run in runs)}。"]
     return "\n".join(lines) + "\n"
 
 
@@ -115,21 +158,29 @@ def worst(key: str, values: list[float]) -> float:
 
 def lessons_table() -> str:
     """專案 README 最上面的總表，由每一課的 results.json 決定。"""
-    lines = ["| 課 | 問題 | 指令 | 目標 | 十個種子：平均 (最差) | 秒 (中位數) |", "|" + " --- |" * 6]
+    lines = ["| 課 | 問題 | 指令 | 目標 | 平均 [95 % 信賴區間] | 最差的種子 | 秒 (中位數) |", "|" + " --- |" * 7]
     for lesson in LESSONS:
         title, question, key, target = FRONT_PAGE[lesson]
         (name, pattern), runs = RESULTS[lesson][key], recorded_runs(lesson)
         values, seconds = [run[key] for run in runs], statistics.median(run["total_seconds"] for run in runs)
-        reached = f"{pattern.format(statistics.mean(values))} ({pattern.format(worst(key, values))})"
+        reached, lowest = show_mean(values, pattern), pattern.format(worst(key, values))
         command = f"`python {script(lesson).relative_to(ROOT)}`"
-        cells = f"[{title}]({lesson}/README.md)", question, command, f"{name} {target}", reached, f"{seconds:.1f}"
+        cells = (
+            f"[{title}]({lesson}/README.md)",
+            question,
+            command,
+            f"{name} {target}",
+            reached,
+            lowest,
+            f"{seconds:.1f}",
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def evolution_table() -> str:
     """專案 README 的演進表：訓練時要記住的位元組，與走了幾步；十個種子的中位數。"""
-    columns = {"parameters": "參數", "gradients": "梯度", "moments": "Adam 動量", "data": "資料"}
+    columns = {"parameters": "參數", "gradients": "梯度", "moments": "Adam 動差", "data": "資料"}
     lines = [f"| 演算法 | {' | '.join(columns.values())} | 與環境互動的步數 |", "|" + " --- |" * 6]
     for lesson in LESSONS:
         runs = recorded_runs(lesson)
@@ -152,22 +203,38 @@ def trial_rows(lesson: str) -> list[tuple[str, str]]:
     return re.findall(r"^\| ([^|]+) \| `([^`|]*)` \|", table, re.MULTILINE)
 
 
+def reference_of(flags: str, earlier: list[str], lesson: str) -> str | None:
+    """一列試驗和哪一列比：前面的列裡，旗標都包含在這一列的那些，取最長的；沒有就是第一列。
+
+    換了題目 (TASK_FLAGS) 的第一列沒有對象可比。
+    """
+    own = set(re.findall(r"--\S+(?: [^-]\S*)?", flags))
+    contained = [row for row in earlier if set(re.findall(r"--\S+(?: [^-]\S*)?", row)) < own]
+    reference = max(contained, key=len, default=earlier[0] if earlier else None)
+    task = [[flag for flag in TASK_FLAGS.get(lesson, ()) if flag in row.split()] for row in (flags, reference or "")]
+    return reference if task[0] == task[1] else None
+
+
 def trials_table(lesson: str, rows: list[tuple[str, str]], record: dict) -> str:
-    names = [name for name, _ in RESULTS[lesson].values()]
-    header = ["試驗", "旗標", *(column for name in names for column in (f"{name}：平均", "最差的種子"))]
-    constants = CONSTANTS.get(lesson, {})
-    header += [name for name, _ in constants.values()]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    for name, flags in rows:
-        cells = []
+    """每一列的平均與最差的種子，以及和參考的那一列同種子相減的差；判斷只說區間撐得起的。"""
+    header, constants = ["試驗", "旗標"], CONSTANTS.get(lesson, {})
+    for name, _ in RESULTS[lesson].values():
+        header += [f"{name}：平均 [95 % 信賴區間]", "最差的種子", "差 [95 % 信賴區間]"]
+    lines, header = [], header + [name for name, _ in constants.values()]
+    for i, (name, flags) in enumerate(rows):
+        cells, runs = [name, f"`{flags}`"], record["runs"][flags]
+        reference = record["runs"].get(reference_of(flags, [row for _, row in rows[:i]], lesson))
         for key, (_, pattern) in RESULTS[lesson].items():
-            values = [run[key] for run in record["runs"][flags]]
-            cells += [pattern.format(statistics.mean(values)), pattern.format(worst(key, values))]
+            values = [run[key] for run in runs]
+            cells += [show_mean(values, pattern), pattern.format(worst(key, values))]
+            compared = [run[key] for run in reference or ()]
+            signed = pattern.replace("{:", "{:+")
+            cells.append(show_difference(values, compared, signed, HIGHER_IS_BETTER[key]) if reference else "—")
         for key, (_, pattern) in constants.items():
-            (value,) = {run[key] for run in record["runs"][flags]}  # 每個隨機種子都一樣
+            (value,) = {run[key] for run in runs}  # 每個隨機種子都一樣
             cells.append(pattern.format(value))
-        lines.append(f"| {name} | `{flags}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return lesson_extras.markdown_table(header, lines)
 
 
 def write_json(path: Path, record) -> None:
@@ -175,11 +242,18 @@ def write_json(path: Path, record) -> None:
 
 
 def benchmark_results(lesson: str, write: bool) -> None:
-    record = {"machine": machine(), "defaults": defaults(lesson), "runs": run_seeds(lesson)}
+    record = recorded(lesson, "results")
+    runs = record.setdefault("runs", [])
+    announce(f"{lesson} 的結果", (len(SEEDS) - len(runs)) * recorded_seconds(lesson))
+    record["machine"] = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in SEEDS[len(runs) :]:
+            runs.append(run_once(lesson, f"--seed {seed}", Path(folder) / str(seed)))
+            if write:
+                write_json(ROOT / lesson / "figures" / "results.json", record)
     table = results_table(lesson, record)
     print(f"{lesson}\n\n{table}")
     if write:
-        write_json(ROOT / lesson / "figures" / "results.json", record)
         replace_block(ROOT / lesson / "README.md", "results", table)
         replace_block(ROOT / lesson / "README.md", "config", config_table(lesson))
         with tempfile.TemporaryDirectory() as folder:  # 圖用預設的隨機種子
@@ -198,33 +272,40 @@ def copy_figures(lesson: str, out_dir: Path) -> None:
 def benchmark_compare(lesson: str, write: bool) -> None:
     default = {"comparison": ("--compare", "comparison", "comparison_table")}
     for name, (flags, key, table) in COMPARISONS.get(lesson, default).items():
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(script(lesson)), *flags.split(), "--out-dir", folder]
-            subprocess.run(command, env=environment(), check=True)
-            if write:
-                rows = metrics(Path(folder))[key]
-                record = {"defaults": defaults(lesson), "rows": rows}
-                write_json(ROOT / lesson / "figures" / f"{name}.json", record)
-                replace_block(ROOT / lesson / "README.md", name, getattr(load(lesson).extras, table)(rows))
-                copy_figures(lesson, Path(folder))
+        record = recorded(lesson, name, extras=True)
+        if "rows" not in record:
+            path = ROOT / lesson / "figures" / f"{name}.json"
+            last = json.loads(path.read_text(encoding="utf-8")).get("seconds", 600) if path.exists() else 600
+            announce(f"{lesson} 的 {name}", last)
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, str(script(lesson)), *flags.split(), "--out-dir", folder]
+                subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+                record |= {"seconds": round(time.perf_counter() - start), "rows": metrics(Path(folder))[key]}
+                if write:
+                    write_json(path, record)
+                    copy_figures(lesson, Path(folder))
+        text = getattr(load(lesson).extras, table)(record["rows"])
+        print(text)
+        if write:
+            replace_block(ROOT / lesson / "README.md", name, text)
 
 
-def benchmark_trials(lesson: str, write: bool, again: bool) -> None:
-    """每一列試驗跑種子 0 到 9，做完一列存一列。只看結果，不看時間：兩個行程同時跑，編譯過的程式共用。"""
+def benchmark_trials(lesson: str, write: bool) -> None:
+    """每一列試驗跑 SEEDS，做完一列存一列。只看結果，不看時間：兩個行程同時跑，編譯過的程式共用。"""
     rows, path = trial_rows(lesson), ROOT / lesson / "figures" / "trials.json"
-    record = {"defaults": defaults(lesson), "runs": {}}
-    if path.exists() and not again:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if old["defaults"] == record["defaults"]:  # 預設值變了，舊的紀錄就不算數
-            record["runs"] = {flags: old["runs"][flags] for _, flags in rows if flags in old["runs"]}
-    for name, flags in rows:
-        if flags not in record["runs"]:
-            runs = run_seeds(lesson, flags, workers=2, env=environment())
-            keys = ("seed", *RESULTS[lesson], *CONSTANTS.get(lesson, {}))
-            record["runs"][flags] = [{key: run[key] for key in keys} for run in runs]
-            print(name, flags, [list(run.values()) for run in record["runs"][flags]], flush=True)
-            if write:
-                write_json(path, record)
+    record = recorded(lesson, "trials")
+    known = record.get("runs", {})
+    record["runs"] = {flags: known[flags] for _, flags in rows if flags in known}
+    missing = [(name, flags) for name, flags in rows if flags not in record["runs"]]
+    announce(f"{lesson} 的試驗", len(missing) * len(SEEDS) * recorded_seconds(lesson) / 2)
+    for name, flags in missing:
+        runs = run_seeds(lesson, flags, workers=2, env=environment())
+        keys = ("seed", *RESULTS[lesson], *CONSTANTS.get(lesson, {}))
+        record["runs"][flags] = [{key: run[key] for key in keys} for run in runs]
+        print(name, flags, [list(run.values()) for run in record["runs"][flags]], flush=True)
+        if write:
+            write_json(path, record)
     table = trials_table(lesson, rows, record)
     print(table)
     if write:
@@ -252,7 +333,7 @@ def main() -> None:
         if arguments.compare:
             benchmark_compare(lesson, arguments.write)
         if arguments.trials:
-            benchmark_trials(lesson, arguments.write, again=arguments.all)
+            benchmark_trials(lesson, arguments.write)
     if arguments.write:
         replace_block(ROOT / "README.md", "lessons", lessons_table())
         replace_block(ROOT / "README.md", "evolution", evolution_table())

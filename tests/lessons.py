@@ -32,7 +32,7 @@ SHORT = {
 }
 EVERY_FLAG = {
     "1_Q_Learning": [
-        "--seed 7 --grid-size 3 --slip 0.1 --episodes 99 --max-steps 20 --alpha 0.5 --gamma 0.9 "
+        "--seed 7 --grid-size 3 --slip 0.1 --episodes 99 --max-steps 20 --alpha 0.5 --alpha-decay 0.7 --gamma 0.9 "
         "--initial-q -5 --epsilon-start 0.5 --epsilon-end 0.1 --decay-episodes 50",
         "--grid-size 2 --episodes 1 --gamma 1 --alpha 1 --slip 1",
         "--grid-size 12 --episodes 200 --epsilon-start 0 --epsilon-end 0",
@@ -79,6 +79,7 @@ WRONG = {
         "--epsilon-end -1",
         "--decay-episodes 0",
         "--alpha 0",
+        "--alpha-decay 2",
         "--episodes 1000000000000",
         "--compare --initial-q -200",
     ],
@@ -205,6 +206,8 @@ COMPARISONS = {
         "ledger_70b": ("--ledger llama3-70b", "ledger", "ledger_table"),
     },
 }
+# 換了題目的旗標：分數不能和原來的題目比。
+TASK_FLAGS = {"1_Q_Learning": ("--slip", "--grid-size", "--gamma"), "2_Cart_Pole_DQN": ("--gamma",)}
 HIGHER_IS_BETTER = {
     "eval_mean": True,
     "env_steps": False,

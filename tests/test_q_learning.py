@@ -176,6 +176,21 @@ def test_on_a_slippery_floor_a_smaller_alpha_ends_nearer_to_the_optimum():
     assert errors[0.02] < errors[0.3] / 2
 
 
+def test_alpha_divides_by_a_power_of_the_visits():
+    config = q_learning.Config(alpha=0.5, alpha_decay=0.8)
+    assert [q_learning.alpha_at(n, config) for n in (1, 2, 100)] == pytest.approx([0.5, 0.5 / 2**0.8, 0.5 / 100**0.8])
+    assert {q_learning.alpha_at(n, q_learning.Config()) for n in (1, 2, 10**6)} == {0.1}
+
+
+def test_on_a_slippery_floor_a_shrinking_alpha_ends_nearer_than_any_fixed_one():
+    errors = {}
+    for alpha, decay in ((0.3, 0.0), (0.02, 0.0), (1.0, 0.8)):
+        config = q_learning.Config(slip=0.3, alpha=alpha, alpha_decay=decay, episodes=6_000, epsilon_end=1.0, seed=0)
+        result = q_learning.train(config, progress=False)
+        errors[alpha] = q_learning.max_abs_error(result.q_table, result.q_star)
+    assert errors[1.0] < min(errors[0.3], errors[0.02])
+
+
 @pytest.mark.parametrize(("seed", "steps", "changed", "positive"), [(42, 24, 18, 1), (2, 100, 48, 0)])
 def test_the_table_learns_before_the_first_episode_ends(seed, steps, changed, positive):
     """README 2.2 節的兩個指令，數字要和文中相同。"""
