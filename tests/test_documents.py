@@ -91,6 +91,16 @@ def test_every_command_parses(readme):
         tyro.cli(load(lesson).Config, args=flags)
 
 
+def test_the_jax_page_runs_as_printed():
+    scope, blocks = {}, re.findall(r"```python\n(.*?)```", block(text_of("README.md"), "jax"), re.DOTALL)
+    assert len(blocks) == 5
+    for code in blocks:
+        exec(code, scope)
+    assert scope["slope"] == pytest.approx(2 * ((2 * 5 - 1) * 5 + (2 - 1) * 1 + (2 * 2 - 1) * 2))
+    assert scope["last"] == pytest.approx(1 + 0.9 + 0.81 + 0.729)
+    assert scope["history"].tolist() == pytest.approx([0, 1, 1.9, 2.71])
+
+
 NUMBER = r"(?<![\w.])[+-]?\d[\d,]*\.\d+(?:e[+-]\d+)?(?: %)?|(?<![\w.])\d+ %"
 
 

@@ -25,10 +25,21 @@ lesson_extras = load(LESSON).extras.lesson_extras
 lesson = load(LESSON).lesson
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_running():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def start(name: str, flags: str, cwd, environment: dict | None = None, **options) -> subprocess.Popen:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     command = [sys.executable, str(script(name)), *flags.split()]
-    return subprocess.Popen(command, cwd=cwd, env=lessons.environment() | (environment or {}), **options)
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=lessons.environment() | (environment or {}), **options))
+    return STARTED[-1]
 
 
 def open_terminal() -> tuple[int, int]:
