@@ -84,12 +84,14 @@ class Config:
         if starts > self.total_steps:
             raise ValueError(f"--learning-starts 是 {starts}；總共只走 {self.total_steps} 步，要在這以下")
         if self.buffer_size < newest:
-            raise ValueError(f"--buffer-size 是 {self.buffer_size}；一輪的新資料最多 {newest} 筆，要在這以上")
+            right = f"要放得下一輪的新資料，{newest} 筆以上 (train-every + num-envs)"
+            raise ValueError(f"--buffer-size 是 {self.buffer_size}；{right}")
         if not self.replay and every % self.updates_per_train:
             right = f"沒有回放時每一步剛好學一次，要是 updates-per-train ({self.updates_per_train}) 的倍數"
             raise ValueError(f"--train-every 是 {every}；{right}")
         if not self.replay and starts < every:
-            raise ValueError(f"--learning-starts 是 {starts}；沒有回放時，第一輪就要有 {every} 步，要在這以上")
+            right = f"沒有回放時，第一輪就要有 {every} 步 (train-every)，要在這以上"
+            raise ValueError(f"--learning-starts 是 {starts}；{right}")
 
 
 # 2. 環境 ---------------------------------------------------------------------------------------------
@@ -306,16 +308,12 @@ class Result:
     interrupted: bool  # 被 Ctrl-C 提早結束
 
 
-def passes(every: int, before: int, step: int) -> bool:
-    """從 before 走到 step，有沒有走過 every 的倍數。"""
-    return step // every > before // every
-
-
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True) -> Result:
     """照 config 訓練一個智慧體；stop 被設定時，停在兩輪之間。損失變成 NaN 或無限大就丟出 LessonError。"""
     start, rng = time.perf_counter(), np.random.default_rng(config.seed)
     agent, buffer, collector = DQNAgent(config), ReplayBuffer(config.buffer_size), Collector(config, rng)
-    history, step, rounds, perfect = extras.History(), 0, 0, False
+    history, step, rounds, perfect = extras.History(CURVE_EVERY), 0, 0, False
+    learn_round = nnx.cached_partial(learn, agent)  # 智慧體只攤平一次，不是每一輪都攤平
     with tqdm(total=config.total_steps, desc="訓練", unit="步", disable=None if progress else True) as bar:
         while step < config.total_steps and not perfect and not (stop and stop.is_set()):
             # 收集：走到該學習的那一步
@@ -325,13 +323,14 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
             bar.set_postfix_str(f"平均回報 {mean_return:.0f}", refresh=before == 0)
             bar.update(step - before)
             # 檢查：上一輪學完的網路不探索，玩 100 個訓練與評估都不用的回合
-            if config.early_stop and mean_return >= CHECK_GATE and passes(CHECK_EVERY, before, step):
+            check_due = step // CHECK_EVERY > before // CHECK_EVERY  # 走過了 CHECK_EVERY 的倍數
+            if config.early_stop and check_due and mean_return >= CHECK_GATE:
                 returns, _ = evaluate(agent, CHECK_SEED + config.seed)
                 history.checks.append((step, float(returns.mean())))
                 perfect = bool(returns.mean() >= EPISODE_STEPS)
             # 學習
             if step >= due and not perfect:
-                _, (losses, largest_q) = learn(agent, next_batches(buffer, due, config, rng))
+                _, (losses, largest_q) = learn_round(next_batches(buffer, due, config, rng))
                 if not np.isfinite(losses).all():
                     raise lesson.LessonError(f"第 {step} 步的損失不是有限的數；把學習率調小再試", 1)
                 history.add_round(largest_q)
@@ -339,8 +338,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
                 # 同步
                 if rounds % config.sync_every == 0:
                     agent.sync_target_network()
-            if passes(CURVE_EVERY, before, step) or perfect:
-                history.add_point(step, mean_return)
+            history.add_point(step, mean_return, last=perfect)
     collector.envs.close()
     seconds, memory_bytes = time.perf_counter() - start, extras.memory_bytes(agent, buffer)
     interrupted = step < config.total_steps and not perfect

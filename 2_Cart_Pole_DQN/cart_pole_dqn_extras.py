@@ -6,6 +6,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import jax
@@ -74,9 +75,10 @@ def variants(config) -> dict:
 
 
 class History:
-    """訓練途中量到的東西；每個點是 (步數, 值)，站在量它的那一步。"""
+    """訓練途中量到的東西；每走過 every 的倍數一個點 (步數, 值)，站在量它的那一步。"""
 
-    def __init__(self):
+    def __init__(self, every: int):
+        self.every, self.step = every, 0
         self.curve = []  # 最近幾個訓練回合的平均回報
         self.checks = []  # 貪婪檢查的平均回報
         self.largest_q = []  # 上一個點以來最大的 |Q|
@@ -86,7 +88,12 @@ class History:
         """一輪學習裡每次更新最大的 |Q|。"""
         self.recent_q.append(float(np.asarray(largest_q).max()))
 
-    def add_point(self, step: int, mean_return: float) -> None:
+    def add_point(self, step: int, mean_return: float, last: bool) -> None:
+        """一輪結束在第 step 步；last：訓練停在這裡，不是倍數也記。"""
+        passed = step // self.every > self.step // self.every
+        self.step = step
+        if not (passed or last):
+            return
         if not np.isnan(mean_return):
             self.curve.append((step, mean_return))
         if self.recent_q:
@@ -111,18 +118,18 @@ def memory_bytes(agent, buffer) -> dict[str, int]:
 
 def play(agent, render_mode: str) -> list[np.ndarray]:
     """不探索，玩一個回合；回傳每四步一張的畫面 (rgb_array)。"""
-    if render_mode == "rgb_array":
-        os.environ["SDL_VIDEODRIVER"] = "dummy"  # 不開視窗，請 SDL 不要找螢幕
+    no_window = {"SDL_VIDEODRIVER": "dummy"} if render_mode == "rgb_array" else {}  # 請 SDL 不要找螢幕
     env, q_function = gym.make("CartPole-v1", render_mode=render_mode), agent.q_function()
     state, _ = env.reset(seed=0)
     frames, step, done = [], 0, False
-    while not done:
-        if step % 4 == 0:
-            frames.append(env.render())
-        state, _, terminated, truncated, _ = env.step(int(np.asarray(q_function(state[None])).argmax()))
-        step, done = step + 1, terminated or truncated
-    frames.append(env.render())
-    env.close()
+    with mock.patch.dict(os.environ, no_window):
+        while not done:
+            if step % 4 == 0:
+                frames.append(env.render())
+            state, _, terminated, truncated, _ = env.step(int(np.asarray(q_function(state[None])).argmax()))
+            step, done = step + 1, terminated or truncated
+        frames.append(env.render())
+        env.close()
     # 軌道是一條一個像素寬的線，在奇數列；save_gif 隔列取樣，去掉最上面一列才留得住它
     return [frame[1:] for frame in frames if frame is not None]
 
@@ -256,5 +263,6 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         right.set(yscale="log", ylabel="largest |Q| in training")
         left.set_title(f"CartPole-v1: mean and range over {len(rows['replay + target']['curves'])} seeds")
         right.set_title("does Q run away?")
-        left.legend(loc="upper left", fontsize=9)
+        if left.lines:  # 走得太少，一個點都沒有時，沒有圖例
+            left.legend(loc="upper left", fontsize=9)
         right.legend(loc="lower right", fontsize=9)
