@@ -1,8 +1,13 @@
 """第 2 課的數學對照獨立的算法，以及完整的預設執行。"""
 
 import collections
+import dataclasses
+import itertools
 import json
+import sys
 import threading
+import types
+import warnings
 
 import hypothesis.strategies as st
 import jax
@@ -12,8 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 from lessons import load, metrics, run
+from matplotlib.figure import Figure
 
 dqn = load("2_Cart_Pole_DQN")
+extras = dqn.extras
 finite = st.floats(-100, 100, width=32)
 
 
@@ -50,13 +57,13 @@ def column(buffer, name):
 
 @given(hnp.arrays(np.float64, (6, 3), elements=finite), hnp.arrays(bool, (2, 6)), st.floats(0, 1))
 def test_td_target_equals_the_definition_written_out(next_q, ends, gamma):
-    """終止不自助，截斷自助：目標只看終止。"""
+    """終止不 bootstrap，截斷 bootstrap：目標只看終止。"""
     terminated, truncated = ends
     rewards = np.arange(6.0)
     targets = dqn.td_target(rewards, terminated, next_q, gamma)
     for i in range(6):
         expected = rewards[i]
-        if not terminated[i]:  # 被截斷的那一步 (truncated[i]) 也在這裡：照樣自助
+        if not terminated[i]:  # 被截斷的那一步 (truncated[i]) 也在這裡：照樣 bootstrap
             best = next_q[i][0]
             for value in next_q[i]:
                 best = max(best, value)
@@ -72,17 +79,17 @@ def test_the_worked_example_of_the_readme():
 
 def test_training_stores_terminations_only():
     """撐到 500 步被截斷的那一步，不算終止。"""
-    config = small_config(buffer_size=5_000)
-    envs, buffer = dqn.make_envs(1), dqn.ReplayBuffer(5_000)
-    states, _ = envs.reset(seed=0)
+    config = small_config(num_envs=1, epsilon_end=0.0, epsilon_steps=1, buffer_size=5_000)
+    collector, buffer = dqn.Collector(config, np.random.default_rng(0)), dqn.ReplayBuffer(5_000)
 
-    class Balancer(dqn.DQNAgent):
-        def select_action(self, frozen, states, epsilon, rng):
-            return (states[:, 2] + 0.5 * states[:, 3] + 0.1 * states[:, 0] + 0.2 * states[:, 1] > 0).astype(int)
+    def balance(states):
+        push_right = states @ np.array([0.1, 0.2, 1.0, 0.5])
+        return np.stack([-push_right, push_right], axis=-1)
 
-    rng = np.random.default_rng(0)
-    dqn.collect(Balancer(config), envs, states, np.zeros(1, bool), buffer, 501, config, rng)
-    assert list(envs.return_queue) == [500.0]
+    agent = types.SimpleNamespace(q_function=lambda: balance)
+    collector.states, _ = collector.envs.reset(seed=0)
+    assert collector.collect(agent, buffer, 501) == 500.0
+    assert list(collector.envs.return_queue) == [500.0]
     assert not column(buffer, "terminated").any()
     gap = np.abs(column(buffer, "next_state")[:-1] - column(buffer, "state")[1:]).max(axis=1)
     assert list(np.flatnonzero(gap > 1e-6)) == [499]  # 第 500 步之後換了回合；重置的那一步沒有存
@@ -93,7 +100,7 @@ def test_train_step_follows_the_gradient_of_its_loss(target_network, double):
     """用一步 SGD 的位移得到梯度，對照有限差分；目標由獨立的 NumPy 程式算出。"""
     config = small_config(target_network=target_network, double=double, seed=3)
     agent, batch = dqn.DQNAgent(config), random_batch()
-    agent.target_network = dqn.new_network(8, dqn.observation_scale(config), np.uint32(9))
+    agent.target_network = dqn.DQNAgent(small_config(seed=9)).online_network
     agent.optimizer = dqn.nnx.Optimizer(agent.online_network, dqn.optax.sgd(1.0), wrt=dqn.nnx.Param)
     structure, before = dqn.nnx.split(agent.online_network)
 
@@ -146,11 +153,21 @@ def test_synchronising_copies_and_does_not_alias():
     assert not np.array_equal(weights(agent.online_network), second)
 
 
+def test_a_snapshot_keeps_the_weights_of_its_moment():
+    agent, states = dqn.DQNAgent(small_config()), random_batch().state
+    q_function = agent.q_function()
+    before = np.asarray(q_function(states))
+    np.testing.assert_allclose(before, agent.online_network(states), rtol=1e-5, atol=1e-6)
+    agent.train_step(random_batch())
+    np.testing.assert_array_equal(q_function(states), before)
+    assert not np.array_equal(agent.q_function()(states), before)
+
+
 def test_one_compiled_round_equals_its_updates_one_by_one():
     config = small_config()
     together, alone = dqn.DQNAgent(config), dqn.DQNAgent(config)
     batches = [random_batch(seed=i) for i in range(5)]
-    losses, largest = dqn.learn(together, dqn.Transition(*map(np.stack, zip(*batches, strict=True))))
+    _, (losses, largest) = dqn.learn(together, dqn.Transition(*map(np.stack, zip(*batches, strict=True))))
     expected = [alone.train_step(batch) for batch in batches]
     np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-4)
     np.testing.assert_allclose(largest, [q for _, q in expected], rtol=1e-4)
@@ -205,20 +222,24 @@ def test_sampling_reaches_every_transition():
     assert np.bincount(drawn, minlength=20).min() > 25
 
 
-def test_without_replay_every_step_is_learnt_once_and_in_order(monkeypatch):
-    config = small_config(replay=False, early_stop=False)
+@pytest.fixture
+def no_learning(monkeypatch):
+    """不編譯、不學習，只看流程；每次更新的損失與最大的 |Q| 都是 1。"""
+    monkeypatch.setattr(dqn.nnx, "cached_partial", lambda *_: lambda batches: (None, (np.ones(5), np.ones(5))))
+
+
+def test_without_replay_every_step_is_learnt_once_and_in_order(monkeypatch, no_learning):
+    config = small_config(replay=False, early_stop=False, buffer_size=5_000)
     seen, buffers = [], []
     original = dqn.next_batches
 
-    def record(buffer, train_at, config, rng):
-        batches = original(buffer, train_at, config, rng)
+    def record(buffer, due, config, rng):
+        batches = original(buffer, due, config, rng)
         seen.append(batches.state.reshape(-1, 4))
         buffers.append(buffer)
         return batches
 
     monkeypatch.setattr(dqn, "next_batches", record)
-    monkeypatch.setattr(dqn, "learn", lambda agent, batches: (np.zeros(5), np.zeros(5)))
-    config = dqn.replace(config, buffer_size=5_000)
     dqn.train(config, progress=False)
     learnt = np.concatenate(seen)
     np.testing.assert_array_equal(learnt, buffers[0].data.state[100 : 100 + len(learnt)])
@@ -232,12 +253,10 @@ def test_without_replay_every_step_is_learnt_once_and_in_order(monkeypatch):
 def test_no_step_after_a_reset_enters_the_buffer(num_envs):
     """每一筆都用單一環境從同一個狀態重走一遍：下一個觀測、獎勵與終止都要相同。"""
     config = small_config(num_envs=num_envs, buffer_size=1_000)
-    envs, buffer = dqn.make_envs(num_envs), dqn.ReplayBuffer(1_000)
-    states, _ = envs.reset(seed=0)
-    agent, rng = dqn.DQNAgent(config), np.random.default_rng(0)
-    resetting = np.zeros(num_envs, bool)
+    agent, buffer = dqn.DQNAgent(config), dqn.ReplayBuffer(1_000)
+    collector = dqn.Collector(config, np.random.default_rng(0))
     for until in (150, 151, 300):  # 分幾次收集，接縫上也不能錯
-        states, resetting = dqn.collect(agent, envs, states, resetting, buffer, until, config, rng)
+        collector.collect(agent, buffer, until)
     assert 300 <= buffer.added < 300 + num_envs
     env = dqn.gym.make("CartPole-v1").unwrapped
     env.reset(seed=0)
@@ -248,6 +267,17 @@ def test_no_step_after_a_reset_enters_the_buffer(num_envs):
         assert reward == column(buffer, "reward")[i] == 1
         assert terminated == column(buffer, "terminated")[i]
     assert column(buffer, "terminated").sum() >= 3  # 真的經過了幾次重置
+
+
+def test_copies_seeds_checks_and_evaluations_start_from_different_places():
+    """一個亂數產生器抽出每一份環境的每一個起點；不同的種子、檢查與評估，用的是不同的產生器。"""
+    starts = [
+        dqn.make_envs(16).reset(seed=seed)[0] for seed in (0, 1, dqn.CHECK_SEED, dqn.EVAL_SEED, dqn.EVAL_SEED + 1)
+    ]
+    assert len(np.unique(np.concatenate(starts), axis=0)) == 5 * 16
+    used = [*range(10), 42, *extras.lesson_extras.SEEDS]
+    seeds = [first + seed for first in (0, dqn.CHECK_SEED, dqn.EVAL_SEED) for seed in used]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_epsilon_goes_from_one_to_its_end_and_stays():
@@ -268,7 +298,7 @@ def test_select_action_explores_with_probability_epsilon():
     states = rng.normal(size=(4000, 4)).astype(np.float32)
     best = np.asarray(agent.online_network(states)).argmax(axis=1)
     for epsilon in (0.0, 0.5, 1.0):
-        actions = agent.select_action(agent.freeze(), states, epsilon, rng)
+        actions = dqn.select_action(agent.q_function(), states, epsilon, rng)
         assert set(actions) <= {0, 1}
         assert np.mean(actions != best) == pytest.approx(epsilon / 2, abs=0.03)
 
@@ -280,8 +310,8 @@ def test_select_action_explores_with_probability_epsilon():
 @settings(max_examples=30)
 def test_discounted_return_is_the_sum_of_its_rewards(length, gamma):
     expected = sum(gamma**k for k in range(length))
-    assert dqn.discounted_return(np.array([length]), gamma)[0] == pytest.approx(expected)
-    assert dqn.discounted_return(np.array([500]), gamma)[0] == pytest.approx(1 / (1 - gamma))
+    assert extras.discounted_return(np.array([length]), gamma)[0] == pytest.approx(expected)
+    assert extras.discounted_return(np.array([500]), gamma)[0] == pytest.approx(1 / (1 - gamma))
 
 
 def test_evaluation_counts_one_episode_of_each_copy():
@@ -290,12 +320,12 @@ def test_evaluation_counts_one_episode_of_each_copy():
     returns, start_q = dqn.evaluate(agent, seed=5)
     states, _ = dqn.make_envs(100).reset(seed=5)
     np.testing.assert_allclose(start_q, np.asarray(agent.online_network(states)).max(axis=1), rtol=1e-5)
-    frozen, env = agent.freeze(), dqn.gym.make("CartPole-v1").unwrapped
+    q_function, env = agent.q_function(), dqn.gym.make("CartPole-v1").unwrapped
     for i in range(5):
         env.reset(seed=0)
         env.state, state, steps, done = states[i].astype(float), states[i], 0, False
         while not done and steps < 500:
-            action = int(np.asarray(dqn.q_values(*frozen, state[None])).argmax())
+            action = int(np.asarray(q_function(state[None])).argmax())
             state, _, done, *_ = env.step(action)
             steps += 1
         assert returns[i] == steps
@@ -314,12 +344,12 @@ def test_training_stops_when_every_episode_of_the_check_is_perfect(monkeypatch):
     result = dqn.train(small_config(seed=7), progress=False)
     assert result.criterion_met
     assert not result.interrupted
-    assert [mean for _, mean in result.checks] == pytest.approx([499.9, 499.9, 499.9, 500.0])
+    assert [mean for _, mean in result.history.checks] == pytest.approx([499.9, 499.9, 499.9, 500.0])
     assert 400 <= result.env_steps < 600
     assert {seed for seed, _ in used} == {dqn.CHECK_SEED + 7}  # 與評估的起點 (EVAL_SEED) 不同
     np.testing.assert_array_equal(used[-1][1], weights(result.agent.online_network))  # 回傳的就是檢查過的權重
     used.clear()
-    assert not dqn.train(small_config(early_stop=False), progress=False).checks
+    assert not dqn.train(small_config(early_stop=False), progress=False).history.checks
 
 
 def test_a_stop_request_ends_training_between_two_rounds():
@@ -327,31 +357,104 @@ def test_a_stop_request_ends_training_between_two_rounds():
     stop.set()
     result = dqn.train(small_config(), stop, progress=False)
     assert result.interrupted
-    assert result.env_steps == 0
+    assert (result.env_steps, result.rounds) == (0, 0)
 
 
-def test_compare_is_reproducible_from_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(dqn, "COMPARE_SEEDS", 2)
+@pytest.mark.parametrize(
+    ("changes", "first", "last"),
+    [
+        ({"total_steps": 3_000}, 1_000, 3_000),
+        ({"train_every": 4_096, "total_steps": 20_000}, 1_000, 20_000),
+        ({"learning_starts": 10_000, "total_steps": 12_000}, 10_000, 12_000),
+    ],
+)
+def test_every_point_stands_at_the_step_where_it_was_measured(changes, first, last, monkeypatch, no_learning):
+    measured = {}
+    collect = dqn.Collector.collect
+
+    def record(collector, agent, buffer, until):
+        mean_return = collect(collector, agent, buffer, until)
+        measured[buffer.added] = mean_return
+        return mean_return
+
+    monkeypatch.setattr(dqn.Collector, "collect", record)
+    config = dqn.Config(early_stop=False, hidden_size=8, **changes)
+    history = dqn.train(config, progress=False).history
+    steps = [step for step, _ in history.curve]
+    assert history.curve == [(step, measured[step]) for step in steps]
+    assert {step for step, _ in history.largest_q} <= set(steps)  # 上一個點以來沒有學習，就沒有 |Q| 可記
+    assert all(after // 1_000 > before // 1_000 for before, after in itertools.pairwise([0, *steps]))
+    assert first <= steps[0] < first + config.num_envs
+    assert last <= steps[-1] < last + config.num_envs
+
+
+def test_every_variant_sets_every_switch_and_checks_itself():
+    config = dqn.Config(compare=True)
+    variants = extras.variants(config)
+    switches = {
+        name: tuple(getattr(variant, switch) for switch in extras.SWITCHES) for name, variant in variants.items()
+    }
+    assert switches == extras.VARIANTS
+    assert len(set(switches.values())) == len(variants) == 5
+    same = {"early_stop": False, "compare": False, "total_steps": 40_000}
+    for name, variant in variants.items():
+        changes = dict(zip(extras.SWITCHES, switches[name], strict=True))
+        assert variant == dataclasses.replace(dqn.Config(), **same, **changes)
+    with pytest.raises(ValueError, match=r"^--compare 的 no replay：--train-every 是 100；"):
+        dqn.Config(compare=True, train_every=100)
+
+
+def compare(monkeypatch, config, seeds, out_dir):
+    monkeypatch.setattr(extras.lesson_extras, "SEEDS", seeds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extras.compare(dqn.RUN, dataclasses.replace(config, out_dir=out_dir), dqn.train, dqn.evaluate, dqn.EVAL_SEED)
+    return metrics(out_dir)["comparison"]
+
+
+def test_compare_is_reproducible_from_its_rows(tmp_path, monkeypatch, no_learning):
     monkeypatch.setattr(dqn, "CURVE_EVERY", 200)
-    monkeypatch.setattr(dqn, "learn", lambda agent, batches: (np.ones(5), np.ones(5)))  # 每一種都編譯太久
-    rows = dqn.compare(small_config(), threading.Event())
-    assert list(rows) == list(dqn.VARIANTS)
+    rows = compare(monkeypatch, small_config(), range(2), tmp_path)
+    assert list(rows) == list(extras.VARIANTS)
     assert all(len(row["eval_means"]) == 2 for row in rows.values())
-    again = json.loads(json.dumps(rows))
-    assert again == rows
-    table = dqn.comparison_table(again)
-    assert table.count("\n") == 2 + len(dqn.VARIANTS)
+    table = extras.comparison_table(json.loads(json.dumps(rows)))
+    assert table == (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 2 + len(extras.VARIANTS)
     assert "nan" not in table
-    dqn.draw_comparison(again, tmp_path)
     assert (tmp_path / "comparison.png").stat().st_size > 0
+
+
+def test_a_comparison_too_short_for_a_curve_is_drawn_without_warnings(tmp_path, monkeypatch, no_learning):
+    rows = compare(monkeypatch, small_config(), range(1), tmp_path)
+    assert rows["double"]["curves"] == [[]]
+    assert (tmp_path / "comparison.png").stat().st_size > 0
+
+
+def test_a_training_cut_short_is_no_row(tmp_path, monkeypatch):
+    stop = threading.Event()
+    stop.set()
+    run_now = types.SimpleNamespace(stop=stop, require_learnt=lambda learnt: sys.exit(f"learnt: {learnt}"))
+    with pytest.raises(SystemExit, match="learnt: 0"):
+        extras.compare(run_now, small_config(out_dir=tmp_path), dqn.train, dqn.evaluate, dqn.EVAL_SEED)
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_with_different_steps_are_averaged_at_the_same_steps():
+    axes = Figure().subplots()
+    extras.draw_curves(axes, "x", [[[0, 0], [10, 20], [20, 40]], [[1, 4], [12, 48], [22, 88]]], "C0")
+    steps, means = axes.lines[0].get_xydata().T
+    assert (steps[0], steps[-1], len(steps)) == (1, 20, 3)
+    np.testing.assert_allclose(means, 3 * steps)  # 兩條直線，斜率 2 與 4
 
 
 def test_weights_survive_saving_and_loading(tmp_path):
     agent, other = dqn.DQNAgent(small_config(seed=1)), dqn.DQNAgent(small_config(seed=2))
-    dqn.save_weights(agent, tmp_path / "weights.npz")
+    agent.train_step(random_batch())
+    dqn.save_weights(tmp_path / "weights.npz", agent)
     assert not np.array_equal(weights(agent.online_network), weights(other.online_network))
-    dqn.load_weights(other, tmp_path / "weights.npz")
-    assert np.array_equal(weights(agent.online_network), weights(other.online_network))
+    extras.load_weights(tmp_path / "weights.npz", other, "--watch")
+    for network in ("online_network", "target_network"):
+        assert np.array_equal(weights(getattr(agent, network)), weights(getattr(other, network)))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

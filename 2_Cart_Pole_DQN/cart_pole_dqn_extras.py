@@ -1,0 +1,268 @@
+"""第 2 課跑完之後看的東西：圖、動畫、佔多少記憶體、--compare。腳本把要用的東西傳進來，這裡不匯入腳本。
+
+預設執行的兩張圖自己排版 (subplots_adjust)，省下自動排版 (layout) 的時間。
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import gymnasium as gym
+import jax
+import numpy as np
+from flax import nnx
+
+import lesson_extras
+from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif
+
+EPISODE_STEPS = gym.spec("CartPole-v1").max_episode_steps  # 500，也是最高的回報
+MOST_GIGABYTES = 4  # 一輪學習最多用多少記憶體：一台筆電拿得出來的
+COMPARE_STEPS = 40_000
+SWITCHES = ("replay", "target_network", "double")
+VARIANTS = {  # 名稱 (圖例與表格) → SWITCHES 的值
+    "replay + target": (True, True, False),
+    "no replay": (False, True, False),
+    "no target": (True, False, False),
+    "neither": (False, False, False),
+    "double": (True, True, True),
+}
+
+
+# 設定能不能跑 ----------------------------------------------------------------------------------------
+
+
+def check(config) -> None:
+    """一輪學習放不放得進記憶體；有 --compare 時，它要跑的每一種設定能不能跑。不行就丟出 ValueError。"""
+    updates, hidden = config.updates_per_train, config.hidden_size
+    batch = config.batch_size if config.replay else config.train_every // updates
+    # 粗估：抽出來的經驗、一次更新的隱藏層、權重連同梯度與動差
+    gigabytes = (100 * updates * batch + 30 * batch * hidden + 40 * hidden**2) / 1e9
+    if gigabytes > MOST_GIGABYTES:
+        flags = "--updates-per-train、--batch-size" if config.replay else "--train-every"
+        right = f"要在 {MOST_GIGABYTES} GB 以下，把 {flags} 或 --hidden-size 調小"
+        raise ValueError(f"一輪學習大約要 {gigabytes:,.1f} GB 的記憶體；{right}")
+    if config.compare:
+        refuse_overridden(config)
+        variants(config)
+
+
+def refuse_overridden(config) -> None:
+    """--compare 自己決定的旗標，不能也寫在命令列。"""
+    for name in (*SWITCHES, "watch"):
+        value = getattr(config, name)
+        if value != getattr(type(config), name):
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            raise ValueError(f"--compare 配上 {flag}；--compare 自己決定要訓練哪幾種智慧體，兩個只能寫一個")
+    if COMPARE_STEPS < config.total_steps != type(config).total_steps:
+        wrong = f"--compare 配上 --total-steps {config.total_steps}"
+        raise ValueError(f"{wrong}；--compare 最多走 {COMPARE_STEPS:,} 步，要在這以下")
+
+
+def variants(config) -> dict:
+    """VARIANTS 的每一種，走一樣多步、不提早停；每一種都檢查自己，不能跑就丟出 ValueError。"""
+    steps = min(config.total_steps, COMPARE_STEPS)
+    shared, configs = {"compare": False, "early_stop": False, "total_steps": steps}, {}
+    for name, values in VARIANTS.items():
+        try:
+            configs[name] = replace(config, **shared, **dict(zip(SWITCHES, values, strict=True)))
+        except ValueError as error:
+            raise ValueError(f"--compare 的 {name}：{error}") from error
+    return configs
+
+
+# 訓練途中 --------------------------------------------------------------------------------------------
+
+
+class History:
+    """訓練途中量到的東西；每走過 every 的倍數一個點 (步數, 值)，站在量它的那一步。"""
+
+    def __init__(self, every: int):
+        self.every, self.step = every, 0
+        self.curve = []  # 最近幾個訓練回合的平均回報
+        self.checks = []  # 貪婪檢查的平均回報
+        self.largest_q = []  # 上一個點以來最大的 |Q|
+        self.recent_q = []  # 上一個點以來，每一輪最大的 |Q|
+
+    def add_round(self, largest_q) -> None:
+        """一輪學習裡每次更新最大的 |Q|。"""
+        self.recent_q.append(float(np.asarray(largest_q).max()))
+
+    def add_point(self, step: int, mean_return: float, last: bool) -> None:
+        """一輪結束在第 step 步；last：訓練停在這裡，不是倍數也記。"""
+        passed = step // self.every > self.step // self.every
+        self.step = step
+        if not (passed or last):
+            return
+        if not np.isnan(mean_return):
+            self.curve.append((step, mean_return))
+        if self.recent_q:
+            self.largest_q.append((step, max(self.recent_q)))
+        self.recent_q = []
+
+
+def array_bytes(tree) -> int:
+    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
+
+
+def memory_bytes(agent, buffer) -> dict[str, int]:
+    """訓練時要記住的東西，各佔幾個位元組。"""
+    online, target = (array_bytes(nnx.state(net, nnx.Param)) for net in (agent.online_network, agent.target_network))
+    moments = array_bytes(nnx.state(agent.optimizer))
+    return {"parameters": online + target, "gradients": online, "moments": moments, "data": array_bytes(buffer.data)}
+
+
+# 看它玩 ----------------------------------------------------------------------------------------------
+
+
+def play(agent, render_mode: str) -> list[np.ndarray]:
+    """不探索，玩一個回合；回傳每四步一張的畫面 (rgb_array)。"""
+    no_window = {"SDL_VIDEODRIVER": "dummy"} if render_mode == "rgb_array" else {}  # 請 SDL 不要找螢幕
+    env, q_function = gym.make("CartPole-v1", render_mode=render_mode), agent.q_function()
+    state, _ = env.reset(seed=0)
+    frames, step, done = [], 0, False
+    with mock.patch.dict(os.environ, no_window):
+        while not done:
+            if step % 4 == 0:
+                frames.append(env.render())
+            state, _, terminated, truncated, _ = env.step(int(np.asarray(q_function(state[None])).argmax()))
+            step, done = step + 1, terminated or truncated
+        frames.append(env.render())
+        env.close()
+    # 軌道是一條一個像素寬的線，在奇數列；save_gif 隔列取樣，去掉最上面一列才留得住它
+    return [frame[1:] for frame in frames if frame is not None]
+
+
+def watch(play, agent, config) -> None:
+    """載入 config.watch 的權重，在視窗裡玩一個回合；沒有螢幕就寫成 GIF。"""
+    load_weights(config.watch, agent, "--watch")
+    if has_display():
+        play(agent, "human")
+        return
+    path = config.out_dir / "agent.gif"
+    save_gif(path, play(agent, "rgb_array"))
+    print(f"沒有螢幕，畫面存在 {path}")
+
+
+# 圖 --------------------------------------------------------------------------------------------------
+
+
+def draw(result, config, returns: np.ndarray, target_return: float, recent_episodes: int) -> None:
+    draw_learning_curve(result.history, config, returns, target_return, recent_episodes)
+    draw_q_values(result.agent, config.out_dir / "q_values.png")
+    save_gif(config.out_dir / "agent.gif", play(result.agent, "rgb_array"))
+
+
+def draw_learning_curve(history, config, returns: np.ndarray, target_return: float, recent_episodes: int) -> None:
+    with figure(config.out_dir / "learning_curve.png", figsize=(7, 4), layout="none") as (canvas, axes):
+        canvas.subplots_adjust(left=0.1, right=0.98, bottom=0.12, top=0.92)
+        if history.curve:
+            axes.plot(*zip(*history.curve, strict=True), label=f"training, mean of last {recent_episodes} episodes")
+        if history.checks:
+            label = f"greedy check, {len(returns)} episodes"
+            axes.plot(*zip(*history.checks, strict=True), "o", color="C1", label=label)
+        label = f"final evaluation, greedy: {returns.mean():.1f}"
+        axes.axhline(returns.mean(), color="C2", linestyle="--", label=label)
+        axes.axhline(target_return, color="0.4", linestyle=":", label=f"target: {target_return:.0f}")
+        axes.set(xlabel="environment steps", ylabel="mean return", title="DQN on CartPole-v1", ylim=(0, 520))
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+
+
+def draw_q_values(agent, path: Path) -> None:
+    """小車靜止在中央，桿子的角度與角速度各換 81 個值：左圖 max Q，右圖兩個動作的 Q 值差。"""
+    angles, speeds = np.linspace(-12, 12, 81), np.linspace(-2, 2, 81)
+    grid = np.stack(np.meshgrid(np.radians(angles), speeds), axis=-1).reshape(-1, 2)
+    states = np.concatenate([np.zeros_like(grid), grid], axis=1).astype(np.float32)
+    q = np.asarray(agent.q_function()(states)).reshape(81, 81, 2)
+    difference = q[..., 1] - q[..., 0]
+    limit = float(np.abs(difference).max()) or 1.0
+    with figure(path, 1, 2, figsize=(11, 4.4), layout="none") as (canvas, (left, right)):
+        canvas.subplots_adjust(left=0.07, right=0.97, bottom=0.12, top=0.92, wspace=0.22)
+        values = left.pcolormesh(angles, speeds, q.max(axis=-1), cmap="viridis", rasterized=True)
+        canvas.colorbar(values, ax=left, label="max Q (discounted return)")
+        gaps = right.pcolormesh(angles, speeds, difference, cmap="PuOr", vmin=-limit, vmax=limit, rasterized=True)
+        canvas.colorbar(gaps, ax=right, label="Q(push right) − Q(push left)")
+        left.set_title("how good is the state: max Q")
+        right.set_title("which action is better")
+        for axes in (left, right):
+            axes.set(xlabel="pole angle (degrees, + = leaning right)", ylabel="pole angular velocity (rad/s)")
+            axes.grid(visible=False)
+        if difference.min() < 0 < difference.max():
+            right.contour(angles, speeds, difference, levels=[0], colors="black", linewidths=1.5)
+        for label, region in (("push right", difference > 0), ("push left", difference < 0)):
+            if region.mean() > 0.05:
+                rows, columns = np.nonzero(region)
+                box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none"}
+                right.text(angles[columns].mean(), speeds[rows].mean(), label, ha="center", va="center", bbox=box)
+
+
+# 比較 ------------------------------------------------------------------------------------------------
+
+
+def discounted_return(returns: np.ndarray, gamma: float) -> np.ndarray:
+    """每步獎勵是 1 的回合的折扣回報：倒下的是 1 + γ + … + γ^(n-1)；撐到時間上限的當作永遠不倒，1 / (1 - γ)。"""
+    return np.where(returns >= EPISODE_STEPS, 1.0, 1 - gamma**returns) / (1 - gamma)
+
+
+def compare(run, config, train, evaluate, eval_seed: int) -> None:
+    def measure(variant) -> dict:
+        """一次訓練：曲線，交出去的策略的回報，它以為的價值 (max Q) 與真正的折扣回報。"""
+        result = train(variant, run.stop, progress=False)
+        if result.interrupted:
+            return {}
+        returns, start_q = evaluate(result.agent, eval_seed + variant.seed)
+        return {
+            "curves": result.history.curve,
+            "largest_q": result.history.largest_q,
+            "eval_means": float(returns.mean()),
+            "start_q": float(start_q.mean()),
+            "true_returns": float(discounted_return(returns, variant.gamma).mean()),
+            "gamma": variant.gamma,
+        }
+
+    lesson_extras.compare(run, config, variants(config), measure, comparison_table, draw_comparison)
+
+
+def comparison_table(rows: dict) -> str:
+    """高估是起點的 max Q 減去同一批回合真正的折扣回報。"""
+    header = ["組合", "訓練期間的平均回報", "最後的貪婪策略：平均", "最差的種子", "最大的 \\|Q\\|：中位數", "最大值"]
+    header += ["起點的 max Q", "真正的折扣回報", "高估"]
+    lines = []
+    for name, row in rows.items():
+        training = [value for curve in row["curves"] for _, value in curve]
+        largest = [max((value for _, value in curve), default=np.nan) for curve in row["largest_q"]]
+        start_q, true_return = np.mean(row["start_q"]), np.mean(row["true_returns"])
+        cells = [f"`{name}`", f"{np.mean(training or np.nan):.1f}"]
+        cells += [f"{np.mean(row['eval_means']):.1f}", f"{min(row['eval_means']):.1f}"]
+        cells += [f"{np.median(largest):.0f}", f"{max(largest):.0f}"]
+        cells += [f"{start_q:.1f}", f"{true_return:.1f}", f"{start_q - true_return:+.1f}"]
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def draw_curves(axes, label: str, curves: list, color: str) -> None:
+    """各個隨機種子的平均，加上最差到最好的色帶；每條曲線的點不在同樣的步數，先內插到共同的步數。"""
+    first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    steps = np.linspace(first, last, min(map(len, curves)))
+    values = np.array([np.interp(steps, *zip(*curve, strict=True)) for curve in curves])
+    axes.plot(steps, values.mean(axis=0), label=label, color=color)
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)
+    axes.set(xlabel="environment steps", ylabel="mean return of training episodes")
+
+
+def draw_comparison(rows: dict, out_dir: Path) -> None:
+    """comparison.png：左邊學習曲線，右邊最大的 |Q|；穩定器的四種組合。"""
+    with figure(out_dir / "comparison.png", 1, 2, figsize=(12, 4.6)) as (_, (left, right)):
+        for i, name in enumerate(name for name in rows if name != "double"):
+            for axes, column in ((left, "curves"), (right, "largest_q")):
+                if all(rows[name][column]):
+                    draw_curves(axes, name, rows[name][column], f"C{i}")
+        bound = 1 / (1 - rows["replay + target"]["gamma"][0])
+        right.axhline(bound, color="black", linestyle="--", label=f"1 / (1 − γ) = {bound:.0f}: no true value is larger")
+        right.set(yscale="log", ylabel="largest |Q| in training")
+        left.set_title(f"CartPole-v1: mean and range over {len(rows['replay + target']['curves'])} seeds")
+        right.set_title("does Q run away?")
+        if left.lines:  # 走得太少，一個點都沒有時，沒有圖例
+            left.legend(loc="upper left", fontsize=9)
+        right.legend(loc="lower right", fontsize=9)
