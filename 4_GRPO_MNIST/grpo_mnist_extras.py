@@ -1,0 +1,232 @@
+"""第 4 課跑完之後看的東西：記憶體的帳、兩張圖、--compare。腳本把要用的函式傳進來，這裡不匯入腳本。"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import lesson_extras
+from lesson_extras import figure, markdown_table, save_weights  # noqa: F401
+
+# 筆記的設定：一張圖片一個答案，學一遍，學習率固定；--compare 拿它和預設值比。
+NOTES_SETTINGS = {
+    "batch_size": 1024,
+    "group_size": 1,
+    "train_epochs": 1,
+    "learning_rate": 1e-4,
+    "anneal_learning_rate": False,
+}
+BATCH_SIZES = (64, 256, 1024, 4096)
+STATE_NAMES = {"parameters": "parameters", "gradients": "gradients", "moments": "Adam moments"}
+SPREAD_BATCHES = 500  # 量基線抖動多大，各抽幾個批次
+
+
+class Epoch(NamedTuple):
+    """一輪的成績；metrics.json 與 --compare 記的就是這幾欄，一輪一個數字。"""
+
+    train_accuracy: float  # 訓練時採樣的準確率 (%)，筆記印的數字
+    test_accuracy: float  # 這一輪之後，測試集上貪婪的準確率 (%)
+    missing_digits: int  # 測試集上一次都不猜的數字有幾個
+    outside_shares: float  # 最後一遍更新之前，比例在界線之外的比率
+    silent_shares: float  # 優勢是 0 的答案的比率
+    residuals: float  # 平均 (獎勵 - 基線)² 除以獎勵的變異數；1 是什麼都沒解釋
+
+
+def summarize(log: dict[str, np.ndarray], test_accuracy: float, missing_digits: int) -> Epoch:
+    """log 是 train_epoch 的紀錄，第一維是批次，loss 與 outside 的第二維是第幾遍。"""
+    accuracy = float(log["reward"].mean())
+    residual = float(log["residual"].mean()) / max(accuracy * (1 - accuracy), 1e-12)
+    outside, silent = float(log["outside"][:, -1].mean()), float(log["silent"].mean())
+    return Epoch(100 * accuracy, test_accuracy, missing_digits, outside, silent, residual)
+
+
+def remarks(last: Epoch, config) -> list[str]:
+    """最後一輪有什麼不對勁：準確率看不出來的。"""
+    missing = f"測試集上有 {last.missing_digits} 個數字一次都不猜；為什麼，見 README 的「少了一個數字」"
+    silent = "最後一輪每個答案的優勢都是 0，沒有學到東西；把學習率調小再試"
+    nothing_learnt = last.silent_shares == 1 and config.algorithm != "supervised"  # supervised 不用優勢
+    return [missing] * (last.missing_digits > 0) + [silent] * nothing_learnt
+
+
+def columns(history: list[Epoch]) -> dict[str, list]:
+    """一輪一列換成一欄一個串列。"""
+    return dict(zip(Epoch._fields, map(list, zip(*history, strict=True)), strict=True))
+
+
+def parameter_count(module) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def array_bytes(tree) -> int:
+    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
+
+
+@nnx.jit
+def gradients(model, states: jax.Array):
+    """輸出的總和對每個參數的梯度；演員的輸出是分佈，取它的 logits。"""
+
+    def total(model):
+        output = model(states)
+        return jnp.sum(getattr(output, "logits", output))
+
+    return nnx.grad(total)(model)
+
+
+def memory_bytes(agent) -> dict[str, int]:
+    """訓練時要記住的東西，各佔幾個位元組，從陣列量出來；梯度是真的算一次。"""
+    models = [model for model in (agent.actor, agent.critic) if model]
+    optimizers = [optimizer for optimizer in (agent.actor_optimizer, agent.critic_optimizer) if optimizer]
+    states = jnp.zeros((1, agent.actor.fc1.in_features))
+    return {
+        "parameters": array_bytes([nnx.state(model, nnx.Param) for model in models]),
+        "gradients": array_bytes([gradients(model, states) for model in models]),
+        "moments": array_bytes([nnx.state(optimizer) for optimizer in optimizers]),
+        "reference": array_bytes(nnx.state(agent.reference, nnx.Param)) if agent.reference else 0,
+    }
+
+
+# 圖 --------------------------------------------------------------------------------------------------
+
+
+def draw_learning_curve(columns: dict, config, train_target: float, test_target: float) -> None:
+    """learning_curve.png：兩種準確率，以及各自的目標。"""
+    curves = (
+        ("training set, sampled", columns["train_accuracy"], train_target, "C0"),
+        ("test set, greedy", columns["test_accuracy"], test_target, "C1"),
+    )
+    with figure(config.out_dir / "learning_curve.png", figsize=(7, 4)) as (_, axes):
+        for label, accuracy, target, color in curves:
+            epochs = range(1, len(accuracy) + 1)
+            axes.plot(epochs, accuracy, "o-", color=color, label=f"{label}: {accuracy[-1]:.2f} %")
+            axes.axhline(target, color=color, linestyle=":", label=f"target: {target} %")
+        axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{config.algorithm} on MNIST, groups: {config.group}")
+        axes.legend(loc="lower right")
+
+
+def draw_mistakes(guesses: np.ndarray, data, out_dir: Path) -> None:
+    """mistakes.png：測試集裡猜錯的前 40 張，猜的與真的。"""
+    images, labels = np.asarray(data.images), np.asarray(data.labels)
+    wrong = np.flatnonzero(guesses != labels)
+    with figure(out_dir / "mistakes.png", 4, 10, figsize=(10, 4.9)) as (canvas, panels):
+        for axes in panels.flat:
+            axes.axis("off")
+        for axes, i in zip(panels.flat, wrong, strict=False):
+            axes.imshow(images[i].reshape(28, 28), cmap="gray_r")
+            axes.set_title(f"guess {guesses[i]}\ntruth {labels[i]}", fontsize=9)
+        canvas.suptitle(f"{len(wrong)} of {len(labels):,} test images are wrong; the first {min(len(wrong), 40)}")
+
+
+# 比較 ------------------------------------------------------------------------------------------------
+
+
+def variants(config) -> dict:
+    """--compare 要跑的設定；batch_… 是筆記的群組：一張圖片一個答案，整批互相比較。"""
+    config = replace(config, compare=False, algorithm="grpo", group="batch", baseline="group")
+    supervised = {"group_size": 1, "train_epochs": 1, "clip_epsilon": type(config).clip_epsilon, "beta": 0.0}
+    return {
+        "notes": replace(config, **NOTES_SETTINGS),
+        "default": config,
+        "image_4": replace(config, group="image", group_size=4),
+        "image_16": replace(config, group="image", group_size=16),
+        "ppo": replace(config, algorithm="ppo"),
+        "supervised": replace(config, algorithm="supervised", **supervised),
+        **{f"batch_{size}": replace(config, batch_size=size, group_size=1) for size in BATCH_SIZES},
+    }
+
+
+@nnx.jit
+def right_probabilities(actor, images: jax.Array, labels: jax.Array) -> jax.Array:
+    return actor(images / 255).log_prob(labels)
+
+
+def baseline_spreads(actor, data, seed: int) -> dict:
+    """固定的策略、一張圖片一個答案：批次的平均獎勵抖動多大，旁邊是公式 √(p(1 - p) / B)。"""
+    rng = np.random.default_rng(seed)
+    correct = np.exp(right_probabilities(actor, data.images, data.labels))
+    p, spreads = float(correct.mean()), {}
+    for size in BATCH_SIZES:
+        images = rng.integers(len(correct), size=(SPREAD_BATCHES, size))
+        rewards = rng.random((SPREAD_BATCHES, size)) < correct[images]
+        spreads[f"batch_{size}"] = [float(rewards.mean(axis=1).std()), math.sqrt(p * (1 - p) / size)]
+    return spreads
+
+
+def compare(run, config, train, data) -> None:
+    methods = variants(config)
+
+    def measure(variant) -> dict:
+        result = train(variant, data, run.stop, progress=False)
+        if result.interrupted:
+            return {}
+        measured = {**columns(result.history), "epoch_seconds": result.epoch_seconds}
+        measured["memory_bytes"] = memory_bytes(result.agent)
+        if variant == replace(methods["notes"], seed=variant.seed):
+            measured["spreads"] = baseline_spreads(result.agent.actor, data.train, variant.seed)
+        return measured
+
+    lesson_extras.compare(run, config, methods, measure, comparison_table, draw_comparison)
+
+
+def last(row: dict, column: str) -> np.ndarray:
+    """每個隨機種子最後一輪的數字。"""
+    return np.array(row[column])[:, -1]
+
+
+def comparison_table(rows: dict) -> str:
+    """三張 Markdown 表格：各種做法、訓練狀態的位元組、批次大小。"""
+    methods, sizes, batches = [], [], []
+    for name, row in rows.items():
+        train_accuracy, test_accuracy = last(row, "train_accuracy"), last(row, "test_accuracy")
+        accuracies = [f"{train_accuracy.mean():.2f}", f"{test_accuracy.mean():.2f}", f"{test_accuracy.min():.2f}"]
+        seconds = f"{np.median(row['epoch_seconds']):.2f}"
+        if name.startswith("batch_"):
+            spreads = np.mean([spread[name] for spread in rows["notes"]["spreads"]], axis=0)
+            size = int(name.removeprefix("batch_"))
+            batches.append([f"{size:,}", *(f"{x:.4f}" for x in spreads), *accuracies, seconds])
+            continue
+        shares = last(row, "residuals").mean(), last(row, "silent_shares").mean(), np.mean(row["outside_shares"])
+        shares = [f"{100 * share:.1f} %" for share in shares]
+        if name == "supervised":  # 沒有優勢，也沒有比例
+            shares = ["—"] * 3
+        methods.append([f"`{name}`", *accuracies, *shares, seconds])
+        if name in ("default", "ppo", "supervised"):
+            states = [row["memory_bytes"][0][key] for key in STATE_NAMES]
+            sizes.append([f"`{name}`", *(f"{size:,}" for size in (*states, sum(states)))])
+    accuracy = ["訓練集，採樣 (%)", "測試集，貪婪 (%)", "測試集，最差的種子"]
+    return "\n".join(
+        [
+            markdown_table(["做法", *accuracy, "基線沒解釋的", "優勢是 0 的", "最後一遍越界的", "一輪的秒數"], methods),
+            markdown_table(["訓練狀態 (位元組)", "參數", "梯度", "Adam 的動差", "合計"], sizes),
+            markdown_table(["批次 B", "基線的標準差", "公式", *accuracy, "一輪的秒數"], batches),
+        ]
+    )
+
+
+def draw_comparison(rows: dict, out_dir: Path) -> None:
+    """comparison.png：測試集的錯誤率，以及訓練狀態的大小。"""
+    with figure(out_dir / "comparison.png", 1, 2, figsize=(12, 4.6), width_ratios=[2, 1]) as (_, (left, right)):
+        for i, name in enumerate(("notes", "default", "image_4", "image_16", "ppo", "supervised")):
+            errors = 100 - np.array(rows[name]["test_accuracy"])
+            epochs = np.arange(1, errors.shape[1] + 1)
+            left.plot(epochs, errors.mean(axis=0), color=f"C{i}", label=f"{name}: {errors[:, -1].mean():.2f} %")
+            left.fill_between(epochs, errors.min(axis=0), errors.max(axis=0), color=f"C{i}", alpha=0.15, lw=0)
+        left.set(yscale="log", xlabel="epoch", ylabel="greedy error on the test set (%)")
+        left.set_title(f"mean and range over {len(rows['default']['test_accuracy'])} seeds")
+        left.set_yticks([2, 3, 5, 10, 20, 50], labels=["2", "3", "5", "10", "20", "50"])
+        left.minorticks_off()
+        left.legend(title="after the last epoch", loc="lower right", bbox_to_anchor=(1, 0.36), ncols=2, fontsize=9)
+        for i, name in enumerate(("supervised", "default", "ppo")):
+            left_edge = 0.0
+            for j, (key, label) in enumerate(STATE_NAMES.items()):
+                size = rows[name]["memory_bytes"][0][key] / 1e6
+                right.barh(i, size, left=left_edge, color=f"C{j}", label=label if i == 0 else None)
+                left_edge += size
+        right.set_yticks(range(3), labels=("supervised", "GRPO (default)", "PPO"))
+        right.set(xlabel="megabytes", title="training state", ylim=(-0.5, 3.3))
+        right.legend(loc="upper right")
