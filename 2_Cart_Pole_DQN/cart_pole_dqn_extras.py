@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import lesson_extras
-from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif
+from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif, show_difference, show_mean
 
 EPISODE_STEPS = gym.spec("CartPole-v1").max_episode_steps  # 500，也是最高的回報
 MOST_GIGABYTES = 4  # 一輪學習最多用多少記憶體：一台筆電拿得出來的
@@ -212,10 +212,12 @@ def compare(run, config, train, evaluate, eval_seed: int) -> None:
         if result.interrupted:
             return {}
         returns, start_q = evaluate(result.agent, eval_seed + variant.seed)
+        untrained, _ = evaluate(type(result.agent)(variant), eval_seed + variant.seed)
         return {
             "curves": result.history.curve,
             "largest_q": result.history.largest_q,
             "eval_means": float(returns.mean()),
+            "untrained": float(untrained.mean()),
             "start_q": float(start_q.mean()),
             "true_returns": float(discounted_return(returns, variant.gamma).mean()),
             "gamma": variant.gamma,
@@ -225,19 +227,21 @@ def compare(run, config, train, evaluate, eval_seed: int) -> None:
 
 
 def comparison_table(rows: dict) -> str:
-    """高估是起點的 max Q 減去同一批回合真正的折扣回報。"""
-    header = ["組合", "訓練期間的平均回報", "最後的貪婪策略：平均", "最差的種子", "最大的 \\|Q\\|：中位數", "最大值"]
-    header += ["起點的 max Q", "真正的折扣回報", "高估"]
-    lines = []
+    """差是和第一列同一個種子相減；高估是起點的 max Q 減去同一批回合真正的折扣回報。最後一列是還沒有訓練的網路。"""
+    lines, first = [], next(iter(rows.values()))
     for name, row in rows.items():
-        training = [value for curve in row["curves"] for _, value in curve]
+        training = [np.mean([value for _, value in curve]) if curve else np.nan for curve in row["curves"]]
         largest = [max((value for _, value in curve), default=np.nan) for curve in row["largest_q"]]
-        start_q, true_return = np.mean(row["start_q"]), np.mean(row["true_returns"])
-        cells = [f"`{name}`", f"{np.mean(training or np.nan):.1f}"]
-        cells += [f"{np.mean(row['eval_means']):.1f}", f"{min(row['eval_means']):.1f}"]
-        cells += [f"{np.median(largest):.0f}", f"{max(largest):.0f}"]
-        cells += [f"{start_q:.1f}", f"{true_return:.1f}", f"{start_q - true_return:+.1f}"]
-        lines.append(cells)
+        shared = min(len(row["eval_means"]), len(first["eval_means"]))  # 中斷時每一列的種子不一樣多
+        difference = show_difference(row["eval_means"][:shared], first["eval_means"][:shared])
+        cells = [f"`{name}`", f"{np.mean(training):.1f}", show_mean(row["eval_means"]), f"{min(row['eval_means']):.1f}"]
+        cells += ["—" if row is first else difference, f"{np.median(largest):.0f}", f"{max(largest):.0f}"]
+        over = np.subtract(row["start_q"], row["true_returns"])
+        lines.append([*cells, f"{np.mean(row['true_returns']):.1f}", show_mean(over, "{:+.1f}")])
+    untrained = first["untrained"]
+    lines.append(["未訓練", "—", show_mean(untrained), f"{min(untrained):.1f}", *["—"] * 5])
+    header = ["組合", "訓練期間的平均回報", "最後的貪婪策略：平均 [95 %]", "最差的種子", "差 [95 %]"]
+    header += ["最大的 \\|Q\\|：中位數", "最大值", "真正的折扣回報", "起點高估 [95 %]"]
     return markdown_table(header, lines)
 
 
