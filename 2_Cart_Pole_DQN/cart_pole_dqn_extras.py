@@ -170,18 +170,20 @@ def draw_learning_curve(history, config, returns: np.ndarray, target_return: flo
 
 
 def draw_q_values(agent, path: Path) -> None:
-    """小車靜止在中央，桿子的角度與角速度各換 81 個值：左圖 max Q，右圖兩個動作的 Q 值差。"""
-    angles, speeds = np.linspace(-12, 12, 81), np.linspace(-2, 2, 81)
-    grid = np.stack(np.meshgrid(np.radians(angles), speeds), axis=-1).reshape(-1, 2)
-    states = np.concatenate([np.zeros_like(grid), grid], axis=1).astype(np.float32)
-    q = np.asarray(agent.q_function()(states)).reshape(81, 81, 2)
+    """小車靜止在中央，桿子的角度換 100 個值，角速度換 80 個值：左圖 max Q，右圖兩個動作的 Q 值差。"""
+    angles, speeds = np.linspace(-12, 12, 100), np.linspace(-2, 2, 80)
+    states = np.zeros((80, 100, 4), np.float32)
+    states[..., 2], states[..., 3] = np.meshgrid(np.radians(angles), speeds)
+    q_function = agent.q_function()
+    q = np.stack([q_function(row) for row in states])  # 一次 100 個狀態，和評估一樣多，不必再編譯
     difference = q[..., 1] - q[..., 0]
     limit = float(np.abs(difference).max()) or 1.0
+    image = {"origin": "lower", "extent": (-12, 12, -2, 2), "aspect": "auto"}
     with figure(path, 1, 2, figsize=(11, 4.4), layout="none") as (canvas, (left, right)):
         canvas.subplots_adjust(left=0.07, right=0.97, bottom=0.12, top=0.92, wspace=0.22)
-        values = left.pcolormesh(angles, speeds, q.max(axis=-1), cmap="viridis", rasterized=True)
+        values = left.imshow(q.max(axis=-1), cmap="viridis", **image)
         canvas.colorbar(values, ax=left, label="max Q (discounted return)")
-        gaps = right.pcolormesh(angles, speeds, difference, cmap="PuOr", vmin=-limit, vmax=limit, rasterized=True)
+        gaps = right.imshow(difference, cmap="PuOr", vmin=-limit, vmax=limit, **image)
         canvas.colorbar(gaps, ax=right, label="Q(push right) − Q(push left)")
         left.set_title("how good is the state: max Q")
         right.set_title("which action is better")
