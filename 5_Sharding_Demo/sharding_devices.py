@@ -1,0 +1,135 @@
+"""第 5 課的裝置：有幾個、從哪裡來；幾台主機怎麼連上；幾件編譯怎麼同時做。"""
+
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+from jax.extend import backend
+from tqdm import tqdm
+
+import lesson
+
+FAKE_DEVICES = 8
+COUNT_FLAG = "--xla_force_host_platform_device_count"
+COUNT_VARIABLE = "JAX_NUM_CPU_DEVICES"  # 它比 XLA_FLAGS 優先
+
+
+def check_processes(config) -> None:
+    """幾台主機的旗標要彼此相合；不合就丟出 ValueError。"""
+    number, coordinator = config.num_processes, config.coordinator
+    if config.process_id >= number:
+        right = f"行程從 0 數到 {number - 1} (--num-processes {number})"
+        raise ValueError(f"--process-id 是 {config.process_id}；{right}")
+    if number > 1 and not coordinator:
+        raise ValueError(f"--num-processes 是 {number}，卻沒有 --coordinator；要是第 0 個行程的 HOST:PORT")
+    if coordinator == "auto" and number > 1:
+        wrong = f"--coordinator auto 與 --num-processes {number} 一起用"
+        raise ValueError(f"{wrong}；auto 自己知道有幾個行程，不要寫 --num-processes")
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if coordinator not in ("", "auto") and not (port and 0 < int(port[1]) < 2**16):
+        raise ValueError(f"--coordinator 是 {coordinator}；要是 HOST:PORT，例如 127.0.0.1:9876，或 auto")
+
+
+def start_devices(config, needed: int) -> None:
+    """在 JAX 啟動之前決定裝置：CPU 分成幾個假裝置；幾台主機時先互相連上。needed：Mesh 要幾個。
+
+    Raises:
+        lesson.LessonError: 裝置的個數不合，說明個數是誰決定的。
+    """
+    ledger = config.ledger != "none"
+    wanted = needed if ledger else max(1, FAKE_DEVICES // config.num_processes)
+    try:
+        choose_devices(wanted, ledger)
+    except RuntimeError:  # 筆記本裡，JAX 已經用別的個數啟動了：重新啟動它
+        backend.clear_backends()
+        choose_devices(wanted, ledger)
+    if config.coordinator:
+        connect(config)
+    lesson.find_devices()
+    found = jax.device_count()
+    if found < needed or (found > needed and not ledger):
+        wrong = f"{'--ledger-meshes' if ledger else f'--mesh {config.mesh}'} 要 {needed} 個裝置，這裡有 {found} 個"
+        raise lesson.LessonError(f"{wrong}；{right_devices(wanted, found, ledger)}", 2)
+
+
+def count_is_set_by() -> str:
+    """讀者自己用哪個環境變數設了假裝置的個數；沒有就是空的。"""
+    if os.environ.get(COUNT_VARIABLE):
+        return COUNT_VARIABLE
+    return "XLA_FLAGS" if COUNT_FLAG in os.environ.get("XLA_FLAGS", "") else ""
+
+
+def choose_devices(wanted: int, only_cpu: bool) -> None:
+    """讀者沒有自己設個數，CPU 就當成 wanted 個裝置；有 GPU 或 TPU 時，這一行不相干。"""
+    if only_cpu:
+        jax.config.update("jax_platforms", "cpu")  # 只編譯、不執行，用假裝置就夠了
+    if not count_is_set_by():
+        jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def right_devices(wanted: int, found: int, ledger: bool) -> str:
+    """裝置的個數不合時，怎樣才對。"""
+    fits = "、".join(f"{n}x{found // n}" for n in range(1, found + 1) if found % n == 0)
+    right = [] if ledger else [f"{fits} 才合"]
+    if jax.default_backend() != "cpu":
+        right.append("想用八個假裝置，設 JAX_PLATFORMS=cpu")
+    elif count_is_set_by() and found != wanted:
+        right.append(f"個數是環境變數 {count_is_set_by()} 設的，拿掉它就有 {wanted} 個")
+    return "；".join(right)
+
+
+def connect(config) -> None:
+    """和其他行程連上。之後 Ctrl-C 立刻結束：只停下一個行程，其他的會永遠等它。"""
+    end_at_once()
+    try:
+        if config.coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    except ValueError as error:
+        wrong = "--coordinator auto 在這裡找不到 TPU 或 Slurm" if config.coordinator == "auto" else str(error)
+        raise lesson.LessonError(f"{wrong}；要寫第 0 個行程的 HOST:PORT", 2) from error
+    except RuntimeError as error:
+        wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
+        raise lesson.LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
+
+
+def end_at_once() -> None:
+    """收到 Ctrl-C 或 SIGTERM 就以 130 結束，主執行緒卡在 XLA 裡等別人時也一樣。"""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())  # 訊號一到，不等主執行緒，就寫進這裡
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
+
+    def wait() -> None:
+        reader.recv(1)
+        os._exit(130)
+
+    threading.Thread(target=wait, args=(), daemon=True).start()
+    end_at_once.sockets = reader, writer
+
+
+def progress_bar(description: str, total: int, unit: str, progress: bool = True) -> tqdm:
+    """stderr 不是終端機就不畫。"""
+    return tqdm(total=total, desc=description, unit=unit, disable=None if progress else True)
+
+
+def side_by_side(jobs: list[Callable], stop: threading.Event | None = None, progress: bool = True) -> list:
+    """幾件編譯同時做：XLA 編譯時放開 GIL。stop 被設定之後，還沒開始的不做，結果是 None。"""
+    workers = 1 if jax.process_count() > 1 else os.cpu_count()  # 幾個行程時，每個行程的順序要相同
+
+    def work(job: Callable):
+        return None if stop and stop.is_set() else job()
+
+    results = []
+    with ThreadPoolExecutor(workers) as pool, progress_bar("編譯", len(jobs), "個程式", progress) as bar:
+        for future in [pool.submit(work, job) for job in jobs]:
+            results.append(future.result())
+            bar.update()
+    return results
