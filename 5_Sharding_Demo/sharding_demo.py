@@ -236,10 +236,7 @@ def compile_step(program: Program, execute: bool = True):
         return nnx.state((model, optimizer)), loss, gradients
 
     step = jax.jit(train_step, out_shardings=(shardings, None, None), donate_argnums=0)
-    with (
-        rule_book(program.mesh, program.rules),
-        jax.default_matmul_precision("highest"),
-    ):  # GPU 與 TPU 也用完整的 float32
+    with rule_book(program.mesh, program.rules), jax.default_matmul_precision("highest"):  # 加速器也用完整的 float32
         lowered = step.lower(program.state, program.tokens, program.tokens)
     return lowered.compile({} if execute else {"xla_backend_optimization_level": 0})  # 不執行就不必把機器碼最佳化
 
@@ -294,13 +291,7 @@ class Result:
 
 
 def train_strategy(result: Result, step, state: nnx.State, config: Config, stop: threading.Event | None, bar) -> None:
-    """用一種策略訓練 steps 步，寫進 result；stop 被設定時，停在兩步之間，至少走一步。
-
-    種子相同，所以每種策略的批次都相同。
-
-    Raises:
-        lesson.LessonError: 損失變成 NaN 或無限大。
-    """
+    """用一種策略訓練 steps 步，寫進 result；種子相同，所以每種策略的批次都相同。損失不是有限的數就丟出 LessonError。"""
     (training, held_out), rng, program = read_text(), np.random.default_rng(config.seed), result.program
     while len(result.losses) < config.steps and not (stop and stop.is_set() and result.losses):
         inputs, targets = (distribute(x, program.tokens) for x in sample_batch(training, rng, config))
