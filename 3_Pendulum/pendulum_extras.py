@@ -188,7 +188,7 @@ def episode_gradient(actor, batch):
     return nnx.grad(lambda actor: jnp.mean(actor(batch.states).log_prob(batch.actions) * batch.advantages))(actor)
 
 
-def gradient_variances(config, agent, collect, buffer, algorithms, rollouts: int = GRADIENT_ROLLOUTS) -> dict:
+def gradient_variances(config, agent, collect, buffer, algorithms, rollouts: int) -> dict:
     """同一個策略、同一批回合，只換「分數」：每種演算法的策略梯度估計值的變異數。
 
     一個回合給一個估計值，分數不標準化；變異數是各個參數的變異數加總。config 的一次收集是整個回合。
@@ -213,19 +213,22 @@ def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
         """一個隨機種子的梯度變異數，每一種演算法一個；只練一次。"""
         practice = replace(gradient_config(config), seed=seed)
         result = train(practice, run.stop, progress=False)
-        return {} if result.interrupted else gradient_variances(practice, result.agent, collect, buffer, algorithms)
+        if result.interrupted:  # 沒練完的策略，什麼都不量
+            return {}
+        return gradient_variances(practice, result.agent, collect, buffer, algorithms, GRADIENT_ROLLOUTS)
 
     def measure(variant) -> dict:
         name = next(name for name, config in configs.items() if replace(config, seed=variant.seed) == variant)
-        variance = variances(variant.seed).get(name)
+        measured = {"gradient_variances": variances(variant.seed).get(name)}
+        if run.stop.is_set():
+            return {}
         result = train(variant, run.stop, progress=False)
         if result.interrupted:
             return {}
-        return {
+        return (measured if name in algorithms else {}) | {
             "curves": result.curve,
             "eval_means": float(evaluate(result.agent).mean()),
             "outside_shares": float(np.mean(result.outside_shares)),
-            **({} if name not in algorithms else {"gradient_variances": variance}),
         }
 
     lesson_extras.compare(run, config, configs, measure, comparison_table, draw_comparison)
