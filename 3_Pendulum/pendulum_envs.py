@@ -7,7 +7,7 @@ EPISODE_STEPS = gym.spec("Pendulum-v1").max_episode_steps  # 200
 
 
 class PendulumEnvs:
-    """num_envs 份 Pendulum-v1；起點是隨機的角度與角速度。
+    """num_envs 份 Pendulum-v1；起點是隨機的角度與角速度，每一份有自己的亂數，彼此獨立，也和別的 seed 獨立。
 
     Gymnasium 的物理是 NumPy 寫的：把狀態換成 (2, num_envs) 的陣列，同一個 step 就走完每一份，比一份一份走快好幾倍。
     沒有終止，每個回合都是 200 步，所以一起截斷；截斷的那一步就重置。
@@ -16,9 +16,9 @@ class PendulumEnvs:
     last_returns：最近走完的一個回合的回報 (num_envs,)；一個都還沒走完時是空的。
     """
 
-    def __init__(self, num_envs: int, seed: int):
+    def __init__(self, num_envs: int, seed: int | list[int]):
         self.physics = gym.make("Pendulum-v1").unwrapped
-        self.generators = [np.random.default_rng(seed + i) for i in range(num_envs)]
+        self.generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(num_envs)]
         self.last_returns = np.zeros(0)
         self.start(self.random_starts())
 

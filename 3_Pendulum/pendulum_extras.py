@@ -193,7 +193,8 @@ def gradient_variances(config, agent, collect, buffer, algorithms, rollouts: int
 
     一個回合給一個估計值，分數不標準化；變異數是各個參數的變異數加總。config 的一次收集是整個回合。
     """
-    envs, rng = PendulumEnvs(config.num_envs, config.seed), np.random.default_rng(config.seed)
+    seed = [config.seed, 1]  # 練這個策略用過的起點與動作，這裡不再用
+    envs, rng = PendulumEnvs(config.num_envs, seed), np.random.default_rng(seed)
     gradients = {name: [] for name in algorithms}
     for _ in range(rollouts):
         collect(agent, envs, buffer, config.num_steps, rng)

@@ -172,6 +172,20 @@ def test_the_environments_walk_like_gymnasiums():
     theirs.close()
 
 
+def test_neighbouring_seeds_share_no_start():
+    """以前第 i 份環境的種子是 seed + i：種子 0 與 1 的 16 個起點有 15 個相同。"""
+    starts = []
+    for seed in (0, 1, 2, [0, 1]):
+        envs = pendulum.PendulumEnvs(16, seed)
+        starts += [tuple(start) for start in envs.physics.state.T]
+        starts += [tuple(start) for _ in range(3) for start in envs.random_starts()]
+        assert np.abs(envs.physics.state[0]).max() <= np.pi
+        assert np.abs(envs.physics.state[1]).max() <= 1
+    assert len(set(starts)) == len(starts) == 4 * 4 * 16
+    again = pendulum.PendulumEnvs(16, 0)
+    np.testing.assert_array_equal([tuple(start) for start in again.physics.state.T], starts[:16])
+
+
 def test_clear_empties_the_buffer():
     _, buffer = collect_once(small_config())
     assert len(buffer) == 200
@@ -301,8 +315,8 @@ def test_gradient_variances_follow_the_definition():
     variances = extras.gradient_variances(
         practice, agent, pendulum.collect, pendulum.RolloutBuffer(), names, rollouts=2
     )
-    envs, buffer = pendulum.PendulumEnvs(2, practice.seed), pendulum.RolloutBuffer()
-    rng, gradients = np.random.default_rng(practice.seed), []
+    envs, buffer = pendulum.PendulumEnvs(2, [practice.seed, 1]), pendulum.RolloutBuffer()
+    rng, gradients = np.random.default_rng([practice.seed, 1]), []
     for _ in range(2):
         pendulum.collect(agent, envs, buffer, 200, rng)
         batch = buffer.calculate_advantages_and_returns(agent.critic, small_config("reinforce"))
