@@ -1,10 +1,12 @@
 """第 3 課的數學對照獨立的算法，以及完整的預設執行。"""
 
+import dataclasses
 import itertools
 import math
+import subprocess
 import sys
-import threading
 
+import gymnasium as gym
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,11 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
-from lessons import load, metrics, run
+from lessons import environment, load, metrics, run, script
 
-pendulum = load("3_Pendulum")
+LESSON = "3_Pendulum"
+pendulum = load(LESSON)
+extras, lesson, lesson_extras = pendulum.extras, pendulum.lesson, pendulum.extras.lesson_extras
 finite = st.floats(-10, 10, width=32)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 3))
 
@@ -95,58 +99,98 @@ def small_config(algorithm="ppo_clip", **changes):
 
 
 def collect_once(config):
-    agent, buffer = pendulum.PPOAgent(config), pendulum.RolloutBuffer()
-    envs, rng = pendulum.make_envs(config.num_envs), np.random.default_rng(0)
-    states, _ = envs.reset(seed=0)
-    next_states = pendulum.collect(agent, envs, states, buffer, config, rng)
-    return agent, buffer, next_states
+    agent, buffer = pendulum.make_agent(config), pendulum.RolloutBuffer()
+    envs = pendulum.PendulumEnvs(config.num_envs, 0)
+    pendulum.collect(agent, envs, buffer, config.num_steps, np.random.default_rng(0))
+    return agent, buffer
 
 
-def test_select_action_bridges_numpy_and_jax():
-    """動作、對數機率、價值都是 NumPy；對數機率與 SciPy 的常態分佈一致。"""
-    agent = pendulum.PPOAgent(small_config(sigma_bias=0.3))
-    states = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    actions, log_probs, values = agent.select_action(agent.freeze(), states, np.random.default_rng(1))
-    assert all(type(x) is np.ndarray and x.shape == (50,) for x in (actions, log_probs, values))
-    policy = agent.actor(states)
-    expected = scipy.stats.norm(np.asarray(policy.mean()), np.asarray(policy.stddev())).logpdf(actions)
-    np.testing.assert_allclose(log_probs, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(values, agent.critic(states), rtol=1e-5)
+def test_actions_probabilities_and_values_are_numpy():
+    """收集到的對數機率與 SciPy 的常態分佈一致；μ、σ、價值是網路這一刻的輸出。"""
+    agent, buffer = collect_once(
+        small_config(sigma_bias=0.3, num_envs=5, num_steps=10, total_steps=50, minibatch_size=9)
+    )
+    for step in buffer:
+        assert all(type(x) is np.ndarray and len(x) == 5 for x in step)
+        policy = agent.actor(step.state)
+        np.testing.assert_allclose(step.mu, policy.mean(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(step.sigma, policy.stddev(), rtol=1e-5)
+        np.testing.assert_allclose(
+            step.log_prob, scipy.stats.norm(step.mu, step.sigma).logpdf(step.action), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(step.value, agent.critic(step.state), rtol=1e-4, atol=1e-5)
+    assert np.std([step.action for step in buffer]) == pytest.approx(float(buffer[0].sigma[0]), rel=0.3)
+
+
+def test_a_snapshot_keeps_its_weights():
+    agent = pendulum.make_agent(small_config())
+    states = np.ones((4, 3), np.float32)
+    policy = agent.policy()
+    before = np.asarray(policy(states).loc)
+    agent.actor.mu.bias[...] += 1.0
+    np.testing.assert_array_equal(policy(states).loc, before)
+    np.testing.assert_allclose(agent.policy()(states).loc, before + 1.0, rtol=1e-6)
 
 
 def test_truncation_bootstraps_from_the_true_last_observation():
     """每個回合 200 步：第 200 步的下一個觀測是回合真正的結尾，不是重置後的起點。"""
     config = small_config(num_steps=201, total_steps=402)
-    agent, buffer, _ = collect_once(config)
-    last, after = buffer.transitions[199], buffer.transitions[200]
+    agent, buffer = collect_once(config)
+    last, after = buffer[199], buffer[200]
     assert last.truncated.all()
     assert not last.terminated.any()
     assert np.abs(last.next_state - after.state).max() > 1e-3  # after.state 已經是新回合的起點
-    for step, following in zip(buffer.transitions[:198], buffer.transitions[1:199], strict=True):
+    for step, following in itertools.pairwise(buffer[:199]):
         np.testing.assert_array_equal(step.next_state, following.state)
     batch = buffer.calculate_advantages_and_returns(agent.critic, config)
     bootstrap = config.gamma * np.asarray(agent.critic(last.next_state))
     np.testing.assert_allclose(batch.returns[199], last.reward * config.reward_scale + bootstrap, rtol=1e-4, atol=1e-5)
 
 
-def test_the_true_last_observation_follows_the_physics():
-    """用單一環境從同一個狀態重走最後一步，得到同一個觀測。"""
-    _, buffer, _ = collect_once(small_config())
-    last = buffer.transitions[199]
-    env = pendulum.gym.make("Pendulum-v1").unwrapped
-    env.reset(seed=0)
-    for i in range(2):
-        cos, sin, speed = last.state[i].astype(float)
-        env.state = np.array([math.atan2(sin, cos), speed])
-        observation, *_ = env.step(last.action[i : i + 1])
-        np.testing.assert_allclose(observation, last.next_state[i], atol=1e-5)
+def test_the_environments_walk_like_gymnasiums():
+    """一起走的環境，和 Gymnasium 一份一份走的 (同樣的亂數與動作) 走一樣的路：觀測、獎勵、截斷、回合的回報。"""
+    envs = pendulum.PendulumEnvs(5, 0)
+    same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    theirs = gym.make_vec("Pendulum-v1", num_envs=5, vectorization_mode="sync", vector_kwargs=same_step)
+    theirs.reset(seed=0)
+    twins = pendulum.PendulumEnvs(5, 0)  # 亂數和 envs 一樣：第一個起點抽過了，下一個還沒
+    for i, env in enumerate(theirs.envs):
+        env.unwrapped.np_random, env.unwrapped.state = twins.generators[i], twins.physics.state[:, i]
+    actions, returns = np.random.default_rng(0).normal(scale=2, size=(450, 5)).astype(np.float32), np.zeros(5)
+    for step, action in enumerate(actions, start=1):
+        next_states, rewards, terminated, truncated = envs.step(action)
+        after, their_rewards, their_terminated, their_truncated, infos = theirs.step(action[:, None])
+        np.testing.assert_array_equal(truncated, their_truncated)
+        np.testing.assert_array_equal(terminated, their_terminated)
+        np.testing.assert_allclose(rewards, their_rewards, rtol=1e-9)
+        np.testing.assert_allclose(envs.states, after, atol=1e-6)
+        np.testing.assert_allclose(next_states, np.stack(infos["final_obs"]) if step % 200 == 0 else after, atol=1e-6)
+        returns += their_rewards
+        if step % 200 == 0:
+            np.testing.assert_allclose(envs.last_returns, returns, rtol=1e-9)
+            returns[:] = 0
+    theirs.close()
+
+
+def test_neighbouring_seeds_share_no_start():
+    """以前第 i 份環境的種子是 seed + i：種子 0 與 1 的 16 個起點有 15 個相同。"""
+    starts = []
+    for seed in (0, 1, 2, [0, 1]):
+        envs = pendulum.PendulumEnvs(16, seed)
+        starts += [tuple(start) for start in envs.physics.state.T]
+        starts += [tuple(start) for _ in range(3) for start in envs.random_starts()]
+        assert np.abs(envs.physics.state[0]).max() <= np.pi
+        assert np.abs(envs.physics.state[1]).max() <= 1
+    assert len(set(starts)) == len(starts) == 4 * 4 * 16
+    again = pendulum.PendulumEnvs(16, 0)
+    np.testing.assert_array_equal([tuple(start) for start in again.physics.state.T], starts[:16])
 
 
 def test_clear_empties_the_buffer():
-    _, buffer, _ = collect_once(small_config())
-    assert len(buffer.transitions) == 200
+    _, buffer = collect_once(small_config())
+    assert len(buffer) == 200
     buffer.clear()
-    assert buffer.transitions == []
+    assert len(buffer) == 0
 
 
 def test_each_rung_of_the_staircase_turns_one_switch():
@@ -167,9 +211,8 @@ def weights(module):
 def after_two_steps(algorithm, **changes):
     """同一批資料、同一個起點，更新兩次之後的智慧體 (第二次的比例已經不是 1)。"""
     config = small_config(algorithm, actor_learning_rate=0.05, num_envs=1, total_steps=200, **changes)
-    agent, buffer, _ = collect_once(config)
+    agent, buffer = collect_once(config)
     batch = buffer.calculate_advantages_and_returns(agent.critic, config)
-    batch = batch._replace(old_policy=agent.actor(batch.states))
     step = pendulum.nnx.jit(lambda agent, batch: agent.train_step(batch))
     for _ in range(2):
         step(agent, batch)
@@ -195,7 +238,7 @@ def test_a_switch_decides_whether_its_hyper_parameter_matters(algorithm, change,
 def test_only_reinforce_has_no_critic():
     for name, algorithm in pendulum.ALGORITHMS.items():
         agent = after_two_steps(name)
-        learned = not np.array_equal(weights(agent.critic), weights(pendulum.PPOAgent(small_config()).critic))
+        learned = not np.array_equal(weights(agent.critic), weights(pendulum.make_agent(small_config()).critic))
         assert learned == algorithm.critic == (name != "reinforce")
 
 
@@ -208,9 +251,8 @@ def test_reuse_decides_how_often_the_data_is_learnt(algorithm, epochs):
 @pytest.mark.parametrize("algorithm", pendulum.ALGORITHMS)
 def test_every_objective_starts_as_the_policy_gradient(algorithm):
     """ratio = 1 時，每一種目標的梯度都是 平均(∇ log π · 分數)：鎖只管走多遠。見 4.2。"""
-    agent, buffer, _ = collect_once(small_config(algorithm, normalize_advantages=False))
+    agent, buffer = collect_once(small_config(algorithm, normalize_advantages=False))
     batch = buffer.calculate_advantages_and_returns(agent.critic, small_config(algorithm))
-    batch = batch._replace(old_policy=agent.actor(batch.states))
 
     def policy_gradient(actor):
         return jnp.mean(actor(batch.states).log_prob(batch.actions) * batch.advantages)
@@ -222,7 +264,7 @@ def test_every_objective_starts_as_the_policy_gradient(algorithm):
 
 def test_an_update_raises_the_objective():
     """正負號：更新之後，同一批資料上的目標要變大，評論家的誤差要變小。"""
-    agent, buffer, _ = collect_once(small_config("actor_critic"))
+    agent, buffer = collect_once(small_config("actor_critic"))
     batch = buffer.calculate_advantages_and_returns(agent.critic, small_config("actor_critic"))
     before = agent.actor_objective(agent.actor, batch), np.mean((agent.critic(batch.states) - batch.returns) ** 2)
     agent.train_step(batch)
@@ -232,7 +274,7 @@ def test_an_update_raises_the_objective():
 
 def test_outside_share_counts_ratios_beyond_the_bounds():
     config = small_config(train_epochs=10, actor_learning_rate=0.05, total_steps=400)
-    agent, buffer, _ = collect_once(config)
+    agent, buffer = collect_once(config)
     batch = buffer.calculate_advantages_and_returns(agent.critic, config)
     samples = jax.tree.map(lambda x: np.reshape(x, (400, *x.shape[2:])), batch)
     _, outside = pendulum.learn(agent, samples, np.arange(384).reshape(-1, 64))
@@ -249,10 +291,10 @@ def test_evaluation_starts_cover_every_cell_once():
 
 def test_evaluation_plays_the_mean_action_from_those_starts():
     """用單一環境重走三個回合，回報要和 evaluate 的同一個位置相同。"""
-    agent = pendulum.PPOAgent(small_config())
+    agent = pendulum.make_agent(small_config())
     returns = pendulum.evaluate(agent)
     assert returns.shape == (100,)
-    env = pendulum.gym.make("Pendulum-v1")
+    env = gym.make("Pendulum-v1")
     for i in (0, 37, 99):
         env.reset(seed=1)
         env.unwrapped.state = pendulum.evaluation_starts()[i]
@@ -264,18 +306,19 @@ def test_evaluation_plays_the_mean_action_from_those_starts():
         assert total == pytest.approx(returns[i], rel=1e-3)
 
 
-def test_gradient_variances_follow_the_definition(monkeypatch):
+def test_gradient_variances_follow_the_definition():
     """回合各算各的梯度，再取變異數，與 NumPy 的定義相同；後四種演算法的分數一樣。"""
-    config = small_config(train_epochs=1, hidden_size=4)
-    variances = pendulum.gradient_variances(config, threading.Event(), rollouts=2)
-    agent = pendulum.train(
-        pendulum.replace(config, total_steps=config.total_steps // 4), threading.Event(), progress=False
-    ).agent
-    envs, buffer, rng = pendulum.make_envs(2), pendulum.RolloutBuffer(), np.random.default_rng(config.seed)
-    states, _ = envs.reset(seed=config.seed)
-    gradients = []
+    config = small_config(train_epochs=1, hidden_size=4, total_steps=1600, compare=True)
+    practice = extras.gradient_config(config)
+    assert (practice.algorithm, practice.num_steps, practice.total_steps) == ("ppo_clip", 200, 400)
+    agent, names = pendulum.train(practice, progress=False).agent, list(pendulum.ALGORITHMS)
+    variances = extras.gradient_variances(
+        practice, agent, pendulum.collect, pendulum.RolloutBuffer(), names, rollouts=2
+    )
+    envs, buffer = pendulum.PendulumEnvs(2, [practice.seed, 1]), pendulum.RolloutBuffer()
+    rng, gradients = np.random.default_rng([practice.seed, 1]), []
     for _ in range(2):
-        states = pendulum.collect(agent, envs, states, buffer, config, rng)
+        pendulum.collect(agent, envs, buffer, 200, rng)
         batch = buffer.calculate_advantages_and_returns(agent.critic, small_config("reinforce"))
         buffer.clear()
         for env in range(2):
@@ -289,70 +332,168 @@ def test_gradient_variances_follow_the_definition(monkeypatch):
     assert variances["reinforce"] > variances["reinforce_baseline"] > variances["actor_critic"] > 0
 
 
-def run_main(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["pendulum.py", *flags])
-    pendulum.main()
-
-
-TINY = ["--total-steps", "400", "--num-envs", "2", "--train-epochs", "1", "--hidden-size", "4"]
-
-
-def test_compare_leaves_figures_a_table_and_numbers(monkeypatch, tmp_path, capsys):
-    """每種演算法怎麼訓練另有測試；這裡只訓練一次，看 compare 怎麼收集、畫圖、存檔。"""
+@pytest.fixture
+def compared(monkeypatch, tmp_path):
+    """在這個行程裡跑 --compare，訓練換成現成的結果；回傳 (結束狀態, 每一次訓練的設定)。"""
     result = pendulum.train(small_config(train_epochs=1, hidden_size=4), progress=False)
-    monkeypatch.setattr(pendulum, "COMPARE_SEEDS", 2)
-    monkeypatch.setattr(pendulum, "train", lambda *args, **kwargs: result)
+    flags = "--compare --total-steps 1600 --num-envs 2 --train-epochs 1 --hidden-size 4 --out-dir"
+    monkeypatch.setattr(sys, "argv", ["pendulum.py", *flags.split(), str(tmp_path)])
+    monkeypatch.setattr(lesson_extras, "SEEDS", range(1000, 1002))
     monkeypatch.setattr(pendulum, "evaluate", lambda agent: np.array([-100.0, -300.0]))
-    run_main(monkeypatch, "--compare", *TINY, "--out-dir", str(tmp_path))
+    monkeypatch.setattr(extras, "GRADIENT_ROLLOUTS", 2)
+    run_now = lesson.Run("test", pendulum.__file__)
+    monkeypatch.setattr(pendulum, "RUN", run_now)
+
+    def compared(press_at: int | None = None) -> tuple[int, list]:
+        """press_at：在第幾次訓練 (從 0 算，連同練習用的策略) 裡按下 Ctrl-C。"""
+        trained = []
+
+        def train(config, stop, progress=True):
+            trained.append(config)
+            if len(trained) - 1 == press_at:
+                stop.set()
+            return dataclasses.replace(result, interrupted=stop.is_set())
+
+        monkeypatch.setattr(pendulum, "train", train)
+        try:
+            run_now(pendulum.main)
+        except SystemExit as stopped:
+            return stopped.code, trained
+        return 0, trained
+
+    return compared
+
+
+def test_compare_leaves_figures_a_table_and_numbers(compared, tmp_path, capsys):
+    status, trained = compared()
+    assert status == 0
     rows = metrics(tmp_path)["comparison"]
     assert list(rows) == [*pendulum.ALGORITHMS, "notes"]
     assert all(row["eval_means"] == [-200.0, -200.0] and len(row["curves"]) == 2 for row in rows.values())
+    assert all(len(rows[name]["gradient_variances"]) == 2 for name in pendulum.ALGORITHMS)
+    assert "gradient_variances" not in rows["notes"]
     table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
-    assert table == pendulum.comparison_table(rows)
+    assert table == extras.comparison_table(rows)
     assert table in capsys.readouterr().out
     for name in ("comparison.png", "notes_settings.png"):
         assert (tmp_path / name).stat().st_size > 0
+    assert len(trained) == 2 * 8  # 每個種子練一次量變異數用的策略，其餘每種設定一次
+    assert [config.seed for config in trained] == [1000] * 8 + [1001] * 8
+    practice, *variants = trained[:8]
+    assert (practice.total_steps, practice.num_steps) == (400, 200)
+    assert [config.algorithm for config in variants] == [*pendulum.ALGORITHMS, "ppo_clip"]
+    for name, value in extras.NOTES_SETTINGS.items():
+        assert getattr(variants[-1], name) == value
 
 
-def test_an_interrupted_comparison_keeps_what_is_done(monkeypatch, tmp_path, capsys):
-    """第三次訓練時按下 Ctrl-C：前兩種演算法的結果留著。"""
-    result, stop, calls = pendulum.train(small_config(train_epochs=1), progress=False), threading.Event(), []
+@pytest.mark.parametrize(("press_at", "rows"), [(3, ["reinforce", "reinforce_baseline"]), (8, None)])
+def test_an_interrupted_comparison_keeps_what_is_done(compared, press_at, rows, tmp_path, capsys):
+    """第 8 次是第二個種子量變異數用的策略：只練到一半的，一個數字都不能進表裡。"""
+    status, trained = compared(press_at)
+    assert (status, len(trained)) == (130, press_at + 1)
+    recorded = metrics(tmp_path)["comparison"]
+    assert list(recorded) == (rows or [*pendulum.ALGORITHMS, "notes"])
+    assert all(len(values) == 1 for row in recorded.values() for values in row.values())
+    done = len(recorded)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"已中斷：完成 {done} 次訓練")
 
-    def train(config, stop, progress=True):
-        calls.append(config.algorithm)
-        if len(calls) == 4:  # 第一次是 gradient_variances 的
-            stop.set()
-        return result
 
-    monkeypatch.setattr(pendulum, "stop_on_ctrl_c", lambda: stop)
-    monkeypatch.setattr(pendulum, "train", train)
-    monkeypatch.setattr(pendulum, "evaluate", lambda agent: np.array([-100.0]))
-    with pytest.raises(SystemExit) as stopped:
-        run_main(monkeypatch, "--compare", *TINY, "--out-dir", str(tmp_path))
-    assert stopped.value.code == 130
-    assert list(metrics(tmp_path)["comparison"]) == ["reinforce", "reinforce_baseline"]
-    assert capsys.readouterr().out.splitlines()[-1].startswith("已中斷：完成 2 次訓練")
+def test_an_interrupt_in_the_first_practice_writes_nothing(compared, tmp_path, capsys):
+    status, trained = compared(press_at=0)
+    assert (status, len(trained)) == (130, 1)
+    assert not list(tmp_path.iterdir())
+    assert "沒有寫任何檔案" in capsys.readouterr().out
+
+
+def refusal(**changes) -> str:
+    with pytest.raises(ValueError, match="；") as refused:
+        pendulum.Config(**changes)
+    return str(refused.value)
+
+
+def test_what_compare_derives_is_checked_before_any_work():
+    """四分之一的步數不夠收集一次，或一次收集 (整個回合) 放不下一個小批次：以前除以零，或量到沒有練過的策略。"""
+    assert refusal(compare=True, num_steps=400, minibatch_size=4000).startswith("--compare 的 梯度變異數")
+    assert refusal(compare=True, total_steps=4 * 3200 - 1).startswith("--compare 的 梯度變異數")
+    pendulum.Config(compare=True, total_steps=4 * 3200)
+    assert refusal(compare=True, num_steps=100).startswith("--compare 的 reinforce：")
+    assert refusal(compare=True, minibatch_size=1).startswith("--compare 的 reinforce_baseline：")
+    for changes in ({"algorithm": "ppo_kl"}, {"watch": "weights.npz"}):
+        assert f"--{next(iter(changes))}" in refusal(compare=True, **changes)
+
+
+def test_a_single_standardised_sample_teaches_nothing_and_is_refused():
+    assert "--no-normalize-advantages" in refusal(minibatch_size=1)
+    for changes in ({"normalize_advantages": False}, {"algorithm": "reinforce"}):
+        assert pendulum.Config(minibatch_size=1, **changes).minibatch_size == 1
+    config = small_config(minibatch_size=1, normalize_advantages=False, num_envs=1, total_steps=200, train_epochs=1)
+    before = weights(pendulum.make_agent(config).actor)
+    assert not np.array_equal(weights(pendulum.train(config, progress=False).agent.actor), before)
+
+
+def test_the_schedule_ends_with_the_training():
+    """學習率在最後一次更新降到 0：排程數的，和最佳化器數的，是同樣的更新。"""
+    for changes in ({}, {"algorithm": "actor_critic"}, {"total_steps": 999, "minibatch_size": 150}):
+        config = small_config(**changes)
+        agent = pendulum.train(config, progress=False).agent
+        assert agent.actor_optimizer.step[...] == agent.critic_optimizer.step[...] == config.updates
+
+
+def test_bounds_are_what_a_machine_has():
+    assert "更新" in refusal(total_steps=10**9, minibatch_size=2, train_epochs=1000)
+    assert "GB" in refusal(num_envs=10_000, num_steps=10_000, total_steps=10**9)
+    for name in ("total_steps", "num_envs", "num_steps", "train_epochs", "minibatch_size", "hidden_size"):
+        assert refusal(**{name: 10**18}).startswith("--")
+    for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "reward_scale"):
+        assert refusal(**{name: 0.0}).startswith("--" + name.replace("_", "-"))
+        assert refusal(**{name: 1e30}).startswith("--" + name.replace("_", "-"))
+
+
+@pytest.mark.parametrize(
+    "extremes",
+    [
+        {"reward_scale": 1e6, "max_grad_norm": 1e9, "normalize_advantages": False, "sigma_bias": 10.0},
+        {"reward_scale": 1e6, "algorithm": "ppo_kl", "beta": 1e6, "sigma_bias": -10.0},
+    ],
+)
+def test_the_bounds_keep_every_number_finite(extremes):
+    result = pendulum.train(small_config(**extremes), progress=False)
+    assert np.isfinite(weights(result.agent.actor)).all()
+    assert np.isfinite(weights(result.agent.critic)).all()
 
 
 def test_weights_survive_saving_and_loading(tmp_path):
-    agent, other = pendulum.PPOAgent(small_config(seed=1)), pendulum.PPOAgent(small_config(seed=2))
-    pendulum.save_weights(agent, tmp_path / "weights.npz")
+    agent, other = pendulum.make_agent(small_config(seed=1)), pendulum.make_agent(small_config(seed=2))
+    lesson_extras.save_weights(tmp_path / "weights.npz", agent)
     assert not np.array_equal(weights(agent.actor), weights(other.actor))
-    pendulum.load_weights(other, tmp_path / "weights.npz")
+    lesson_extras.load_weights(tmp_path / "weights.npz", other, "--watch")
     assert np.array_equal(weights(agent.actor), weights(other.actor))
     assert np.array_equal(weights(agent.critic), weights(other.critic))
+    names = np.load(tmp_path / "weights.npz").files
+    assert {"actor/body/fc1/kernel", "actor/mu/bias", "actor/sigma/bias", "critic/fc_out/kernel"} < set(names)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    result = run("3_Pendulum", "--total-steps 400 --num-envs 2 --reward-scale 1e30 --out-dir out", tmp_path)
-    assert result.returncode == 1
-    assert result.stderr == "錯誤：第 400 步的損失不是有限的數；把學習率調小再試\n"
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
+    monkeypatch.setattr(pendulum, "learn", lambda *_: ((np.array([0.0, np.nan]), np.zeros(2)), 0.0))
+    with pytest.raises(lesson.LessonError) as stopped:
+        pendulum.train(small_config(), progress=False)
+    assert stopped.value.args == ("第 400 步的損失不是有限的數；把學習率調小再試", 1)
+
+
+def test_no_warning_while_the_packages_are_imported(tmp_path):
+    """TFP 匯入時用了 JAX 將要移除的東西；-W default 也看不到。"""
+    command = [sys.executable, "-W", "default::DeprecationWarning", str(script(LESSON)), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "tensorflow_probability" not in result.stderr
+    assert "jax.core" not in result.stderr
 
 
 def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
-    result = run("3_Pendulum", "--out-dir out", tmp_path)
+    result = run(LESSON, "--out-dir out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("達標：")
+    assert result.stderr == ""
     recorded = metrics(tmp_path / "out")
     assert recorded["eval_mean"] >= pendulum.TARGET_RETURN
     assert recorded["eval_mean"] == pytest.approx(np.mean(recorded["eval_returns"]))
@@ -361,11 +502,12 @@ def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
     files = {"learning_curve.png", "clipped_objective.png", "agent.gif", "weights.npz", "metrics.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
-    watched = run("3_Pendulum", "--watch out/weights.npz --out-dir watched", tmp_path)
+    watched = run(LESSON, "--watch out/weights.npz --out-dir watched", tmp_path)
     assert watched.returncode == 0, watched.stderr
     assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
     (tmp_path / "broken.npz").write_bytes(b"not weights")
     for flags in ("--watch broken.npz", "--watch out/weights.npz --hidden-size 32"):
-        refused = run("3_Pendulum", flags, tmp_path)
+        refused = run(LESSON, flags, tmp_path)
         assert refused.returncode == 2, refused.stderr
+        assert refused.stderr.startswith(f"錯誤：{flags.split(' --hidden')[0]} 讀不出這一課的權重")
         assert len(refused.stderr.splitlines()) == 1
