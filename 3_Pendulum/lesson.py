@@ -1,15 +1,13 @@
 """每一課共用的外圍：命令列、Ctrl-C、結果。每個資料夾裡的這個檔案一個位元組都不差；學演算法不必讀它。"""
 
+import atexit  # 匯入得越少，Ctrl-C 越早有人接：其餘的套件用到才匯入
 import contextlib
-import json
 import os
 import signal
 import sys
 import threading
 import time
 import warnings
-from dataclasses import asdict, fields
-from pathlib import Path
 
 PACKAGES = ("numpy", "jax", "flax", "optax", "gymnasium", "tensorflow_probability", "tensorflow_datasets", "matplotlib")
 NOTEBOOK = "IPython" in sys.modules
@@ -31,18 +29,16 @@ class Run:
             sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
             sys.stdout.reconfigure(errors="replace")  # 印不出中文的終端機看到問號
             os.environ["MPLBACKEND"] = "agg"  # 從筆記本用 ! 執行時，這裡指著筆記本才有的後端
-            cache = Path(script).resolve().with_name(".jax_cache")  # 編譯過的程式留到下一次；讀者自己的設定優先
-            if os.access(cache if cache.exists() else cache.parent, os.W_OK):
-                os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+            folder = os.path.dirname(os.path.realpath(script))  # 編譯過的程式留到下一次；讀者自己的設定優先
+            if os.access(folder, os.W_OK):
+                os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(folder, ".jax_cache"))
                 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # 就重新編譯
 
-    def interrupt(self, *_) -> None:
+    def interrupt(self, *which) -> None:
         """第一次只設旗標：例外可能被別人的 except 吞掉，旗標不會。第二次立刻結束。"""
         if self.stop.is_set():
-            if NOTEBOOK:  # 核心要活著
-                raise KeyboardInterrupt
-            os._exit(130)
+            return signal.default_int_handler(*which) if NOTEBOOK else os._exit(130)  # 筆記本的核心要活著
         self.stop.set()
         with contextlib.suppress(OSError, ValueError):  # 不用 print：主程式可能正印到一半
             os.write(sys.stderr.fileno(), "\n停止中；再按一次 Ctrl-C 立刻結束\n".encode(sys.stderr.encoding, "replace"))
@@ -61,6 +57,7 @@ class Run:
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
+                atexit.register(signal.signal, number, signal.SIG_IGN)  # Python 收攤的時候按，事情已經做完了
 
     def require_learnt(self, learnt) -> None:
         """被中斷時什麼都還沒學到，就什麼都不寫：以前的結果還在。"""
@@ -70,12 +67,14 @@ class Run:
 
     def save_metrics(self, config, train_seconds: float, **results) -> None:
         """metrics.json；versions 只記這一課匯入了的套件。"""
+        import json
+
         jax = sys.modules.get("jax")
         versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
         metrics = {
             "lesson": type(config).out_dir.parent.name,
             "seed": config.seed,
-            "config": asdict(config),
+            "config": vars(config),
             "seconds": {"train": train_seconds, "total": time.perf_counter() - self.started},
             "device": {"platform": jax.default_backend() if jax else "cpu", "count": jax.device_count() if jax else 1},
             "versions": {"python": sys.version.split()[0], **versions},
@@ -92,10 +91,10 @@ class Run:
 
 def check_bounds(config) -> None:
     """型別 Annotated[float, (0, 1)] 寫著下限與上限，含兩端；不在裡面就丟出 ValueError，tyro 會印出來。"""
-    for field in fields(config):
-        for low, high in getattr(field.type, "__metadata__", ()):
-            if not low <= (value := getattr(config, field.name)) <= high:  # nan 不在任何範圍裡
-                raise ValueError(f"--{field.name.replace('_', '-')} 是 {value}；要在 {low:,} 與 {high:,} 之間")
+    for name, annotation in type(config).__annotations__.items():
+        for low, high in getattr(annotation, "__metadata__", ()):
+            if not low <= (value := getattr(config, name)) <= high:  # nan 不在任何範圍裡
+                raise ValueError(f"--{name.replace('_', '-')} 是 {value}；要在 {low:,} 與 {high:,} 之間")
 
 
 def parse(config_class, description: str):
@@ -118,7 +117,7 @@ def find_devices() -> list:
         raise LessonError(f"{wrong}；設 JAX_PLATFORMS=cpu，或照 README.md 的「安裝」換 JAX 的版本", 2) from error
 
 
-def save(path: Path, data: bytes) -> None:
+def save(path, data: bytes) -> None:
     """先寫在旁邊，寫完才改名：磁碟滿了、被打斷，都不會留下半個檔案；同時跑兩個也不互撞。"""
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:

@@ -53,6 +53,31 @@ def compare(run: Run, config, variants: dict, measure: Callable, table: Callable
     run.finish(config, f"完成 {done} 次訓練" if done < len(jobs) else "")
 
 
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """平均的 95 % 信賴區間，拔靴法 (bootstrap)；亂數固定，同樣的數字給同樣的區間。"""
+    from scipy.stats import bootstrap
+
+    values = np.array(values, float)
+    if np.ptp(values) == 0:  # 每個都一樣，沒有東西可以重抽
+        return values[0], values[0]
+    return tuple(bootstrap((values,), np.mean, rng=0).confidence_interval)
+
+
+def show_mean(values: Iterable[float], pattern: str = "{:.1f}") -> str:
+    """平均 [區間的下限, 上限]，例如 −148.0 [−149.1, −147.0]。"""
+    low, high = interval(values)
+    return f"{pattern.format(np.mean(values))} [{pattern.format(low)}, {pattern.format(high)}]"
+
+
+def show_difference(values, reference, pattern: str = "{:+.1f}", higher_is_better: bool = True) -> str:
+    """同樣的隨機種子一對一相減，平均 [區間]，以及區間撐得起的判斷。"""
+    difference = np.subtract(values, reference)
+    low, high = interval(difference)
+    better = (low > 0) if higher_is_better else (high < 0)
+    verdict = "看不出差別" if low <= 0 <= high else "較好" if better else "較差"
+    return f"{show_mean(difference, pattern)}，{verdict}"
+
+
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Markdown 表格；header 是欄名，rows 的每一列是一樣多的格子。"""
     header = list(header)
