@@ -14,7 +14,7 @@ from flax import nnx
 from pendulum_envs import EPISODE_STEPS, PendulumEnvs
 
 import lesson_extras
-from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif
+from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif, show_difference, show_mean
 
 with warnings.catch_warnings(action="ignore"):  # 它匯入時用了 JAX 將要移除的東西，讀者管不著；腳本從這裡之後才匯入它
     import tensorflow_probability.substrates.jax  # noqa: F401
@@ -226,6 +226,9 @@ def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
         result = train(variant, run.stop, progress=False)
         if result.interrupted:
             return {}
+        if name == next(iter(algorithms)):  # 對照：還沒有訓練的策略
+            untrained = type(result.agent)(variant, np.uint32(variant.seed))
+            measured["untrained"] = float(evaluate(untrained).mean())
         return (measured if name in algorithms else {}) | {
             "curves": result.curve,
             "eval_means": float(evaluate(result.agent).mean()),
@@ -241,14 +244,26 @@ def relative_variance(rows: dict, name: str) -> float:
 
 
 def comparison_table(rows: dict) -> str:
-    """回報是各個隨機種子的評估平均。"""
-    lines = []
+    """回報是各個隨機種子的評估平均；差是和 ppo_clip 同一個種子相減。最後一列是還沒有訓練的策略。"""
+    lines, untrained = [], next(iter(rows.values()))["untrained"]
+    reference = rows.get("ppo_clip", {"eval_means": []})["eval_means"]
     for name, row in rows.items():
-        means = row["eval_means"]
-        variance = f"{relative_variance(rows, name):.2g}" if row.get("gradient_variances") else "—"
+        means, variance = row["eval_means"], "—"
+        shared = min(len(means), len(reference))  # 中斷時每一列的種子不一樣多
+        difference = show_difference(means[:shared], reference[:shared]) if shared and name != "ppo_clip" else "—"
+        if row.get("gradient_variances"):
+            variance = f"{relative_variance(rows, name):.2g}"
         share = f"{100 * np.mean(row['outside_shares']):.1f} %"
-        lines.append([f"`{name}`", f"{np.mean(means):.1f}", f"{min(means):.1f}", variance, share])
-    header = ("演算法", "平均回報", "最差的種子", "梯度變異數 (reinforce = 1)", "學習後比例越界")
+        lines.append([f"`{name}`", show_mean(means), f"{min(means):.1f}", difference, variance, share])
+    lines.append(["未訓練", show_mean(untrained), f"{min(untrained):.1f}", "—", "—", "—"])
+    header = (
+        "演算法",
+        "平均回報 [95 %]",
+        "最差的種子",
+        "和 ppo_clip 的差 [95 %]",
+        "梯度變異數 (reinforce = 1)",
+        "學習後比例越界",
+    )
     return markdown_table(header, lines)
 
 
