@@ -214,7 +214,7 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         for i, name in enumerate(("notes", "default", "image_4", "image_16", "ppo", "supervised")):
             errors = 100 - np.array(rows[name]["test_accuracy"])
             epochs = np.arange(1, errors.shape[1] + 1)
-            left.plot(epochs, errors.mean(axis=0), color=f"C{i}", label=f"{name}: {errors[:, -1].mean():.2f} %")
+            left.plot(epochs, errors.mean(axis=0), ".-", color=f"C{i}", label=f"{name}: {errors[:, -1].mean():.2f} %")
             left.fill_between(epochs, errors.min(axis=0), errors.max(axis=0), color=f"C{i}", alpha=0.15, lw=0)
         left.set(yscale="log", xlabel="epoch", ylabel="greedy error on the test set (%)")
         left.set_title(f"mean and range over {len(rows['default']['test_accuracy'])} seeds")
