@@ -236,7 +236,7 @@ FRONT_PAGE = {
 # 與隨機種子無關的數字，試驗表裡各佔一欄。
 CONSTANTS = {
     "5_Sharding_Demo": {
-        "device_kb": ("一個裝置的參數、梯度、動量 (KB)", "{:,.1f}"),
+        "device_kb": ("一個裝置的參數、梯度、動差 (KB)", "{:,.1f}"),
         "collective_kb": ("一步的通訊量 (KB)", "{:,.1f}"),
     },
 }
