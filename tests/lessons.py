@@ -158,6 +158,14 @@ WRONG = {
         "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
         "--coordinator auto --num-processes 2",
         "--ledger llama3-8b --coordinator 127.0.0.1:9",
+        "--coordinator 127.0.0.1:99999 --num-processes 2",
+        "--rules batch=data,batch=model",
+        "--ledger llama3-8b --steps 5",
+        "--ledger-meshes 4x2 8x8",
+        "--learning-rate 0",
+        "--mlp-dim 1000000000000000000",
+        "--batch-size 100000",
+        "--embed-dim 32000",
     ],
 }
 RESULTS = {
@@ -193,7 +201,7 @@ FRONT_PAGE = {
 # 與隨機種子無關的數字，試驗表裡各佔一欄。
 CONSTANTS = {
     "5_Sharding_Demo": {
-        "device_kb": ("一個裝置的參數、梯度、動量 (KB)", "{:,.1f}"),
+        "device_kb": ("一個裝置的參數、梯度、動差 (KB)", "{:,.1f}"),
         "collective_kb": ("一步的通訊量 (KB)", "{:,.1f}"),
     },
 }
