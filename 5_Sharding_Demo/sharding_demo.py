@@ -34,7 +34,6 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import ledger
 import numpy as np
-import optax
 import sharding_demo_extras as extras
 from collectives import Collective, read_collectives
 from flax import nnx
@@ -189,8 +188,7 @@ def check_divisible(config: Config) -> None:
     """每個維度都要切得開；Mesh 的大小由 start_devices 檢查。"""
     sizes, mesh = axis_sizes(config.llama, config.batch_size, config.sequence_length), parse_mesh(config.mesh)
     for strategy, rules in rule_books(config).items():
-        problem = None if strategy == "single" else indivisible(rules, sizes, mesh)
-        if problem:
+        if problem := indivisible(rules, sizes, mesh):
             axis, parts = problem
             where = " × ".join(f"{name} 軸 {mesh[name]}" for name in mesh_axes(rules[axis]))
             wrong = f"{strategy} 把 {axis} 的 {sizes[axis]} 切成 {parts} 份 ({where})，除不盡"
@@ -236,7 +234,8 @@ def compile_step(program: Program, execute: bool = True):
         return nnx.state((model, optimizer)), loss, gradients
 
     step = jax.jit(train_step, out_shardings=(shardings, None, None), donate_argnums=0)
-    with rule_book(program.mesh, program.rules), jax.default_matmul_precision("highest"):  # 加速器也用完整的 float32
+    highest = jax.default_matmul_precision("highest")  # GPU 與 TPU 也用完整的 float32 相乘
+    with rule_book(program.mesh, program.rules), highest:
         lowered = step.lower(program.state, program.tokens, program.tokens)
     return lowered.compile({} if execute else {"xla_backend_optimization_level": 0})  # 不執行就不必把機器碼最佳化
 
@@ -252,8 +251,7 @@ def read_text() -> tuple[np.ndarray, np.ndarray]:
     if len(text) < 20_000:
         wrong = f"README.md 只有 {len(text)} 個位元組"
         raise lesson.LessonError(f"{wrong}；訓練的文字是課程的 README，要和腳本放在一起", 2)
-    training, held_out = np.split(np.frombuffer(text, np.uint8).astype(np.int32), [9 * len(text) // 10])
-    return training, held_out
+    return tuple(np.split(np.frombuffer(text, np.uint8).astype(np.int32), [9 * len(text) // 10]))
 
 
 def sample_batch(text: np.ndarray, rng: np.random.Generator, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -304,11 +302,7 @@ def train_strategy(result: Result, step, state: nnx.State, config: Config, stop:
             raise lesson.LessonError(f"{wrong}；把學習率調小再試", 1)
         bar.set_postfix_str(f"{result.strategy} 平均損失 {np.mean(result.losses[-5:]):.3f}")
         bar.update()
-    model, optimizer = nnx.merge(program.graphdef, state)
-    moments = [optax.tree.get(optimizer.opt_state, name) for name in ("mu", "nu")]
-    trees = {"parameters": nnx.state(model), "gradients": gradients, "moments": moments}
-    result.bytes = {name: extras.device_bytes(tree) for name, tree in trees.items()}
-    result.weights = extras.placements({path[-1]: x[...] for path, x in nnx.to_flat_state(nnx.state(model))})
+    result.bytes, result.weights = extras.measure(*nnx.merge(program.graphdef, state), gradients)
     result.test_loss = evaluate(step, state, held_out, program, config)
 
 
@@ -320,13 +314,13 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
     """
     programs, results = {}, {}
     for name, rules in rule_books(config).items():
-        sizes = config.llama, config.learning_rate, strategy_mesh(config, name), rules
-        programs[name] = plan(*sizes, config.batch_size, config.sequence_length)
-    start, *steps = side_by_side(
-        [functools.partial(initial_state, programs["single"], config)]
-        + [functools.partial(compile_step, program) for program in programs.values()],
-        stop, progress,
-    )  # fmt: skip
+        mesh = strategy_mesh(config, name)
+        programs[name] = plan(
+            config.llama, config.learning_rate, mesh, rules, config.batch_size, config.sequence_length
+        )
+    jobs = [functools.partial(initial_state, programs["single"], config)]
+    jobs += [functools.partial(compile_step, program) for program in programs.values()]
+    start, *steps = side_by_side(jobs, stop, progress)
     with progress_bar("訓練", config.steps * len(programs), "步", progress) as bar:
         for (name, program), step in zip(programs.items(), steps, strict=True):
             if stop and stop.is_set():
@@ -357,8 +351,7 @@ def ledger_row(llama: Llama, mesh: str, rules: dict) -> dict:
     """記憶體帳的一列：編譯一整個訓練步驟，陣列全是抽象的；除不盡就寫明是哪一個軸、切幾份。"""
     shape = parse_mesh(mesh)
     batch_size = math.prod(shape.values())
-    problem = indivisible(rules, axis_sizes(llama, batch_size, ledger.TOKENS), shape)
-    if problem:
+    if problem := indivisible(rules, axis_sizes(llama, batch_size, ledger.TOKENS), shape):
         return {"indivisible": problem}
     program = plan(llama, Config.learning_rate, make_mesh(shape), rules, batch_size, ledger.TOKENS)
     return ledger.memory(compile_step(program, execute=False))
@@ -374,21 +367,17 @@ def main() -> None:
     start = time.perf_counter()
     results = train(config, RUN.stop, progress=jax.process_index() == 0)
     RUN.require_learnt(results)
-    if jax.process_index() > 0:  # 檔案與畫面交給第 0 個行程
-        return None
-    rows = extras.strategy_rows(results)
-    difference = max(row["max_relative_difference"] for row in rows.values())
-    last = [*rows.values()][-1]  # device_kb、collective_kb 是最後一種策略的
-    RUN.save_metrics(
-        config, time.perf_counter() - start, strategies=rows, max_relative_difference=difference,
-        device_kb=sum(last["bytes"].values()) / 1e3,
-        collective_kb=sum(c["bytes"] for c in last["collectives"]) / 1e3,
-    )  # fmt: skip
+    if jax.process_index() > 0:
+        return None  # 檔案與畫面交給第 0 個行程
+    metrics = extras.metrics(results)
+    RUN.save_metrics(config, time.perf_counter() - start, **metrics)
     extras.save_collectives(results, config.out_dir)
-    extras.draw(results, rows, config.out_dir, TARGET_DIFFERENCE)
-    extras.show(results, rows)
-    figure = f"{len(rows)} 種策略的損失與 single 的最大相對差 {difference:.1e}"
-    print(f"{'達標' if difference <= TARGET_DIFFERENCE else '未達標'}：{figure}（目標 {TARGET_DIFFERENCE:.0e} 以下）")
+    extras.draw(results, metrics["strategies"], config.out_dir, TARGET_DIFFERENCE)
+    extras.show(results, metrics["strategies"])
+    difference = metrics["max_relative_difference"]
+    reached = "達標" if difference <= TARGET_DIFFERENCE else "未達標"
+    figure = f"{len(results)} 種策略的損失與 single 的最大相對差 {difference:.1e}"
+    print(f"{reached}：{figure}（目標 {TARGET_DIFFERENCE:.0e} 以下）")
     steps = sum(len(result.losses) for result in results.values())
     undone = steps < config.steps * len(rule_books(config))
     RUN.finish(config, f"訓練了 {steps} 步" if undone else "")

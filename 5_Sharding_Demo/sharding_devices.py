@@ -1,5 +1,6 @@
 """第 5 課的裝置：有幾個、從哪裡來；幾台主機怎麼連上；幾件編譯怎麼同時做。"""
 
+import gc
 import os
 import re
 import signal
@@ -111,7 +112,7 @@ def end_at_once() -> None:
         reader.recv(1)
         os._exit(130)
 
-    threading.Thread(target=wait, args=(), daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
     end_at_once.sockets = reader, writer
 
 
@@ -128,8 +129,10 @@ def side_by_side(jobs: list[Callable], stop: threading.Event | None = None, prog
         return None if stop and stop.is_set() else job()
 
     results = []
+    gc.freeze()  # 匯入的幾十萬個物件不會變成垃圾；追蹤程式的時候不必一再檢查它們
     with ThreadPoolExecutor(workers) as pool, progress_bar("編譯", len(jobs), "個程式", progress) as bar:
         for future in [pool.submit(work, job) for job in jobs]:
             results.append(future.result())
             bar.update()
+    gc.unfreeze()
     return results

@@ -201,6 +201,14 @@ WRONG = {
         "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
         "--coordinator auto --num-processes 2",
         "--ledger llama3-8b --coordinator 127.0.0.1:9",
+        "--coordinator 127.0.0.1:99999 --num-processes 2",
+        "--rules batch=data,batch=model",
+        "--ledger llama3-8b --steps 5",
+        "--ledger-meshes 4x2 8x8",
+        "--learning-rate 0",
+        "--mlp-dim 1000000000000000000",
+        "--batch-size 100000",
+        "--embed-dim 32000",
     ],
 }
 RESULTS = {

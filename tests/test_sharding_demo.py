@@ -2,13 +2,21 @@
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
+import os
+import pty
 import re
+import select
+import signal
 import socket
 import subprocess
 import sys
+import termios
+import threading
+import time
 
 import hypothesis.strategies as st
 import jax
@@ -19,9 +27,10 @@ from hypothesis import given, settings
 from lessons import ROOT, block, defaults, environment, load, metrics, run, script
 
 demo = load("5_Sharding_Demo")
-extras, ledger = demo.extras, demo.ledger
-collectives_file, devices, llama_file = (sys.modules[name] for name in ("collectives", "sharding_devices", "llama"))
-LessonError = demo.lesson.LessonError
+llama_file = importlib.import_module("llama")
+collectives_file = importlib.import_module("collectives")
+ledger_file = demo.ledger
+devices_file = importlib.import_module("sharding_devices")
 README = ROOT / "5_Sharding_Demo" / "README.md"
 STRATEGIES = list(demo.RULES)
 
@@ -58,7 +67,7 @@ def test_accepted_rules_never_use_a_mesh_axis_twice(rules):
 @given(rule_books)
 def test_translation_is_flax_own(rules):
     with demo.nnx.logical_axis_rules(tuple(rules.items())):
-        for axes in demo.WEIGHTS.values():
+        for axes in [*demo.WEIGHTS.values(), *demo.ACTIVATIONS.values()]:  # llama.constrain 用的是 Flax 的
             assert demo.translate(axes, rules) == get_pspec(axes)
 
 
@@ -91,6 +100,9 @@ def test_rules_survive_the_command_line(rules):
 
     text = ",".join(f"{axis}={show(target)}" for axis, target in rules.items())
     assert demo.parse_rules(text) == rules
+    assert {axis: demo.extras.show_target(target) for axis, target in rules.items()} == {
+        axis: show(target) for axis, target in rules.items()
+    }
 
 
 def test_the_notes_rule_book():
@@ -144,8 +156,7 @@ def trajectory(strategy, mesh="4x2", steps=3):
     config = small_config(mesh=mesh, num_kv_heads=8)
     rng, losses, first = np.random.default_rng(0), [], None
     program = plan(config, strategy)
-    step = demo.compile_step(program)
-    state = demo.initial_state(program, config)
+    step, state = demo.compile_step(program), demo.initial_state(program, config)
     parameters = demo.nnx.filter_state(state, demo.nnx.Param)
     start = {path[-1]: np.asarray(array[...]) for path, array in leaves(parameters)}
     for _ in range(steps):
@@ -159,10 +170,11 @@ def trajectory(strategy, mesh="4x2", steps=3):
 
 def plan(config, strategy):
     mesh, rules = demo.strategy_mesh(config, strategy), demo.rule_books(config)[strategy]
-    return demo.plan(config.llama, config.learning_rate, mesh, rules, config.batch_size, config.sequence_length)
+    sizes = config.batch_size, config.sequence_length
+    return demo.plan(config.llama, config.learning_rate, mesh, rules, *sizes)
 
 
-def one_device(config):
+def on_one_device(config):
     return demo.rule_book(demo.strategy_mesh(config, "single"), demo.rule_books(config)["single"])
 
 
@@ -178,7 +190,7 @@ def test_the_model_is_the_llama_written_in_numpy():
 
 def test_grouped_query_attention_is_the_llama_written_in_numpy():
     config = small_config(num_kv_heads=2, num_layers=2)
-    with one_device(config):
+    with on_one_device(config):
         model, _ = demo.create(config.llama, 0.01, seed=1)
         batch = np.random.default_rng(1).integers(0, 256, (2, 3, 7))
         weights = {path[-1]: np.asarray(array[...], float) for path, array in leaves(demo.nnx.state(model))}
@@ -190,7 +202,7 @@ def test_rematerialisation_changes_nothing():
     config = small_config()
     batch = np.random.default_rng(1).integers(0, 256, (2, 3, 7))
     results = []
-    with one_device(config):
+    with on_one_device(config):
         for remat in (False, True):
             model, _ = demo.create(dataclasses.replace(config.llama, remat=remat), 0.01, seed=1)
             results.append(jax.tree.leaves(jax.jit(demo.nnx.value_and_grad(demo.cross_entropy))(model, *batch)))
@@ -241,8 +253,8 @@ def test_bytes_on_every_device_equal_the_arithmetic_of_the_rules(strategy):
 def test_device_bytes_counts_only_the_first_device():
     _, _, (_, gradients), *_ = trajectory("model")
     shards = [shard for array in jax.tree.leaves(gradients) for shard in array.addressable_shards]
-    assert extras.device_bytes(gradients) == sum(s.data.nbytes for s in shards if s.device.id == 0)
-    assert extras.device_bytes(gradients) * 8 == sum(s.data.nbytes for s in shards)
+    assert demo.extras.device_bytes(gradients) == sum(s.data.nbytes for s in shards if s.device.id == 0)
+    assert demo.extras.device_bytes(gradients) * 8 == sum(s.data.nbytes for s in shards)
 
 
 def collectives(strategy, mesh="4x2"):
@@ -277,7 +289,7 @@ def test_both_axes_divide_the_work():
     assert {(c.operation, c.axes) for c in found} == {("all-reduce", ("model",)), ("all-reduce", ("data",))}
     gradients = sum(c.bytes for c in found if c.axes == ("data",))
     (_, _, (_, arrays), *_) = trajectory("data_model")
-    assert gradients == extras.device_bytes(arrays) + 4  # 切過的梯度，加上損失
+    assert gradients == demo.extras.device_bytes(arrays) + 4  # 切過的梯度，加上損失
 
 
 def test_one_device_on_the_data_axis_sums_no_gradients():
@@ -362,7 +374,7 @@ def test_reading_collectives_from_a_program():
 def test_the_parameters_of_llama_3(name):
     """公佈的參數個數，與 Flax 真正建立的模型相同。"""
     config, llama = demo.Config(), demo.LLAMAS[name]
-    with one_device(config):
+    with on_one_device(config):
         model, _ = demo.nnx.eval_shape(lambda: demo.create(llama, 1e-3, 0))
     counted = sum(math.prod(x.shape) for x in jax.tree.leaves(demo.nnx.state(model, demo.nnx.Param)))
     published = {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}[name]
@@ -373,7 +385,7 @@ def test_the_parameters_of_llama_3(name):
 def test_the_compiler_agrees_with_the_arithmetic_of_the_ledger(strategy, share, monkeypatch):
     """小的 Llama：bfloat16 的權重一份、梯度一份、動差兩份，都切成 share 份；另有詞元與兩個計數器。"""
     llama = demo.Llama(64, 32, 64, 8, 8, 4, 2, "bfloat16", remat=True)
-    monkeypatch.setattr(ledger, "TOKENS", 8)
+    monkeypatch.setattr(ledger_file, "TOKENS", 8)
     row = demo.ledger_row(llama, "4x2", demo.rule_books(demo.Config())[strategy])
     split = 2 * sum(
         math.prod(vars(llama)[axis] for axis in axes) // (share if "norm" not in name else min(share, 4))
@@ -385,16 +397,16 @@ def test_the_compiler_agrees_with_the_arithmetic_of_the_ledger(strategy, share, 
 
 
 def test_chips_fit_what_they_hold():
-    assert ledger.fitting_chips(16_000_000_000) == "16、32、80、95"
-    assert ledger.fitting_chips(16_000_000_001) == "32、80、95"
-    assert ledger.fitting_chips(10**12) == "都不行"
+    assert ledger_file.fitting_chips(16_000_000_000) == "16、32、80、95"
+    assert ledger_file.fitting_chips(16_000_000_001) == "32、80、95"
+    assert ledger_file.fitting_chips(10**12) == "都不行"
 
 
 @pytest.mark.parametrize("name", ["ledger", "ledger_70b"])
 def test_ledger_block_equals_the_recorded_run(name):
     record = json.loads((README.parent / "figures" / f"{name}.json").read_text(encoding="utf-8"))
     assert record["defaults"] == defaults("5_Sharding_Demo")
-    assert block(README.read_text(encoding="utf-8"), name) == extras.ledger_table(record["rows"])
+    assert block(README.read_text(encoding="utf-8"), name) == demo.extras.ledger_table(record["rows"])
     compiled = [row for row in record["rows"] if "state" in row]
     assert len(compiled) == 12
     for row in compiled:
@@ -417,6 +429,12 @@ def test_recorded_runs_reach_the_target():
 # 整個執行 --------------------------------------------------------------------------------------------
 
 
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["sharding_demo.py", *flags])
+    demo.RUN.stop.clear()
+    demo.RUN(demo.main)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -424,82 +442,203 @@ def test_recorded_runs_reach_the_target():
         ("--rules embed=model,mlp=model", "custom 把 gate 的 embed 與 mlp 都切在 model 軸上；"),
         ("--num-kv-heads 4", "錯誤：model 把 kv_heads 的 4 切成 8 份 (data 軸 4 × model 軸 2)，除不盡；要是 8 的倍數"),
         ("--rules width=model", "vocab、embed、layers、heads、head_dim、kv_heads、mlp、batch、sequence"),
+        ("--rules batch=data,batch=model", "--rules 的 batch 寫了兩次；"),
+        ("--mlp-dim 1000000", "一台筆電放得下 1e+09 個，把模型、批次或序列調小"),
+        ("--batch-size 100000", "這樣的模型與批次要存的數太多"),
+        ("--num-layers 100 --sequence-length 1024", "這樣的模型與批次要存的數太多"),
+        ("--ledger llama3-8b --steps 5", "--ledger llama3-8b 與 --steps 一起用；記憶體帳不訓練，不要寫 --steps"),
+        ("--ledger-meshes 1x64", "--ledger-meshes 只有記憶體帳用得到；要和 --ledger llama3-8b 或 llama3-70b 一起寫"),
     ],
 )
 def test_messages_say_what_would_be_right(flags, expected, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["sharding_demo.py", *flags.split(), "--out-dir", str(tmp_path)])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")  # tyro 的方框不折行
     with pytest.raises(SystemExit) as stopped:
         demo.RUN(demo.main)
     assert stopped.value.code == 2
     assert expected in capsys.readouterr().err
-
-
-def test_a_wrong_mesh_on_a_gpu_also_names_the_fake_devices(monkeypatch):
-    for backend, told in (("gpu", True), ("cpu", False)):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        with pytest.raises(LessonError) as refused:
-            demo.start_devices(demo.Config(mesh="3x2"), 6)
-        assert ("JAX_PLATFORMS=cpu" in refused.value.args[0]) == told
-
-
-@pytest.mark.parametrize("variable", ["JAX_NUM_CPU_DEVICES=1", "XLA_FLAGS=--xla_force_host_platform_device_count=1"])
-def test_a_count_of_devices_set_by_the_reader_is_named(variable, tmp_path):
-    name, _, value = variable.partition("=")
-    for flags in ("--ledger llama3-8b --ledger-meshes 4x2", "--steps 1"):
-        command = [sys.executable, str(script("5_Sharding_Demo")), *flags.split(), "--out-dir", "out"]
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment() | {name: value}, capture_output=True, text=True
-        )
-        assert result.returncode == 2, result.stderr
-        assert result.stderr.splitlines()[-1].endswith(f"個數是環境變數 {name} 設的，拿掉它就有 8 個")
     assert not list(tmp_path.iterdir())
+
+
+def test_rules_are_parsed_and_refused_when_the_config_is_made():
+    for wrong in ("batch", "width=model", "mlp=pipe", "mlp=data+data", "embed=model,mlp=model", "mlp=data,mlp=data"):
+        with pytest.raises(ValueError, match="；"):
+            demo.Config(rules=wrong)
+
+
+def test_the_limit_of_a_laptop_lets_the_experiments_of_the_readme_through():
+    for flags in ({}, {"batch_size": 32}, {"mlp_dim": 4096}, {"num_layers": 16}, {"sequence_length": 1024}):
+        demo.Config(**flags)
+    for flags in ({"mlp_dim": 10**18}, {"batch_size": 10**18}, {"steps": 10**18}, {"embed_dim": 16_000}):
+        with pytest.raises(ValueError, match="；"):
+            demo.Config(**flags)
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [{"mlp_dim": 10**6}, {"embed_dim": 96_000}, {"num_layers": 100, "embed_dim": 12_800}, {"batch_size": 10**5}],
+    ("backend", "variable", "value", "told"),
+    [
+        ("gpu", "XLA_FLAGS", "", "想用八個假裝置，設 JAX_PLATFORMS=cpu"),
+        ("cpu", "XLA_FLAGS", f"--a=b {devices_file.COUNT_FLAG}=6", "環境變數 XLA_FLAGS 設的，拿掉它就有 8 個"),
+        ("cpu", "JAX_NUM_CPU_DEVICES", "6", "環境變數 JAX_NUM_CPU_DEVICES 設的，拿掉它就有 8 個"),
+    ],
 )
-def test_a_model_that_no_laptop_holds_is_refused(flags):
-    with pytest.raises(ValueError, match="；"):
-        demo.Config(**flags)
+def test_a_wrong_number_of_devices_names_its_cause(backend, variable, value, told, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert told in devices_file.right_devices(8, 6, ledger=False)
+    assert "1x6、2x3、3x2、6x1 才合" in devices_file.right_devices(8, 6, ledger=False)
+    monkeypatch.setenv(variable, "")
+    assert "環境變數" not in devices_file.right_devices(8, 6, ledger=False)
 
 
-def test_a_run_of_one_strategy_draws_without_warnings(tmp_path):
-    result = run("5_Sharding_Demo", "--strategies single --steps 1 --num-layers 1 --out-dir out", tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_coordinator_auto_outside_of_a_cluster_is_refused(tmp_path):
-    result = run("5_Sharding_Demo", "--coordinator auto --out-dir out", tmp_path)
+@pytest.mark.parametrize(
+    ("environment_variables", "flags", "message"),
+    [
+        (
+            {"JAX_NUM_CPU_DEVICES": "1"},
+            "--ledger llama3-8b",
+            "錯誤：--ledger-meshes 要 64 個裝置，這裡有 1 個；個數是環境變數 JAX_NUM_CPU_DEVICES 設的，",
+        ),
+        (
+            {"XLA_FLAGS": f"{devices_file.COUNT_FLAG}=2"},
+            "",
+            "錯誤：--mesh 4x2 要 8 個裝置，這裡有 2 個；1x2、2x1 才合；個數是環境變數 XLA_FLAGS 設的，拿掉它就有 8 個",
+        ),
+        ({"JAX_PLATFORMS": "cuda"}, "", "錯誤：JAX 在這台機器上用不了 JAX_PLATFORMS=cuda；"),
+        ({}, "--coordinator auto", "錯誤：--coordinator auto 在這裡找不到 TPU 或 Slurm；要寫第 0 個行程的 HOST:PORT"),
+    ],
+)
+def test_devices_that_are_not_here_are_explained_in_one_sentence(environment_variables, flags, message, tmp_path):
+    command = [sys.executable, str(script("5_Sharding_Demo")), *flags.split(), "--out-dir", "out"]
+    variables = environment() | environment_variables
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert result.stderr == "錯誤：--coordinator auto 在這裡找不到 TPU 或 Slurm；要寫第 0 個行程的 HOST:PORT\n"
+    assert result.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run():
     config = small_config(strategies=("single",), learning_rate=1e30)
-    with pytest.raises(LessonError, match="single 第 2 步的損失不是有限的數"):
+    with pytest.raises(demo.lesson.LessonError, match="single 第 2 步的損失不是有限的數；把學習率調小再試") as stopped:
         demo.train(config, progress=False)
+    assert stopped.value.args[1] == 1
+
+
+def test_the_start_is_drawn_once_and_equals_what_every_strategy_would_draw():
+    """train 只在一個裝置上抽一次；每個裝置各抽自己那一塊 (initial_state 照 fsdp 的切法)，數字相同。"""
+    config = small_config(num_kv_heads=8)
+    whole, cut = (demo.initial_state(plan(config, name), config) for name in ("single", "fsdp"))
+    for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_held_out_loss_is_that_of_the_final_weights():
+    """evaluate 借用訓練的步驟；對照是另外寫的正向。"""
+    config = small_config(num_kv_heads=8)
+    program = plan(config, "single")
+    step, state = demo.compile_step(program), demo.initial_state(program, config)
+    _, held_out = demo.read_text()
+    batch = demo.sample_batch(held_out, np.random.default_rng(0), config)
+    with on_one_device(config):
+        model, _ = demo.nnx.merge(program.graphdef, state)
+        expected = float(jax.jit(demo.cross_entropy)(model, *batch))
+    assert demo.evaluate(step, state, held_out, program, config) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ctrl_c_before_the_first_step_trains_nothing_and_one_during_it_keeps_it():
+    config, stop = small_config(strategies=("data",), num_kv_heads=8), threading.Event()
+    stop.set()
+    assert demo.train(config, stop, progress=False) == {}
+    stop.clear()
+    measure = demo.extras.measure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo.extras, "measure", lambda *args: (stop.set(), measure(*args))[1])
+        results = demo.train(dataclasses.replace(config, steps=2), stop, progress=False)
+    assert list(results) == ["single"]
+    assert len(results["single"].losses) == 2
+
+
+def start_process(flags, cwd, **options):
+    command = [sys.executable, str(script("5_Sharding_Demo")), *flags.split()]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"} | options
+    return subprocess.Popen(command, cwd=cwd, env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": "0"}, **options)
+
+
+@pytest.mark.parametrize("flags", ["", "--ledger llama3-70b"])
+def test_ctrl_c_while_programs_are_compiled_writes_nothing(flags, tmp_path):
+    """主執行緒在等編譯的執行緒；按一次就說停止中，手上的編譯完就結束。"""
+    terminal, child_side = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    process = start_process(f"{flags} --out-dir out", tmp_path, stderr=child_side)
+    os.close(child_side)
+    seen, deadline = "", time.monotonic() + 120
+    while "編譯" not in seen:
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 1)[0]:
+            seen += os.read(terminal, 4096).decode(errors="replace")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    seen += os.read(terminal, 4096).decode(errors="replace")
+    os.close(terminal)
+    assert process.returncode == 130
+    assert "Traceback" not in seen
+    assert "再按一次 Ctrl-C" in seen
+    written = list(tmp_path.iterdir())
+    assert written == [] if "沒有寫任何檔案" in out else flags and "編譯了" in out
+
+
+def test_ctrl_c_ends_one_of_several_processes_at_once(tmp_path):
+    """第 0 個行程在等第 1 個，主執行緒卡在 C++ 裡；不必等到五分鐘的時限。"""
+    process = start_process(f"--coordinator 127.0.0.1:{free_port()} --num-processes 2 --out-dir out", tmp_path)
+    time.sleep(15)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_collectives_draws_without_warnings(tmp_path, recwarn):
+    config = small_config(strategies=("single",), steps=1, out_dir=tmp_path)
+    results = demo.train(config, progress=False)
+    rows = demo.extras.metrics(results)["strategies"]
+    demo.extras.draw(results, rows, tmp_path, demo.TARGET_DIFFERENCE)
+    assert not [warning for warning in recwarn if "matplotlib" in str(warning.filename)]
+    assert {path.name for path in tmp_path.iterdir()} == {"learning_curve.png", "bytes_and_collectives.png"}
+
+
+def test_every_block_has_a_color_of_its_own(monkeypatch, tmp_path):
+    colors = []
+    monkeypatch.setattr(demo.extras, "draw_block", lambda axes, rows, columns, text, color: colors.append(tuple(color)))
+    program = plan(small_config(num_kv_heads=8), "fsdp")
+    gate = demo.extras.Placed((1, 32, 48), (1, 8, 24), (None, "data", "model"))
+    demo.extras.draw_placement(demo.Result("fsdp", program, [], weights={"gate": gate}), tmp_path / "a.png")
+    gates = colors[-8:]
+    assert len(set(gates)) == 8
 
 
 def test_training_text_follows_the_readmes_and_targets_follow_inputs():
-    training, held_out = demo.read_text()
-    assert bytes(training[:60].astype(np.uint8)) == README.read_bytes()[:60]
-    assert len(held_out) == pytest.approx((len(training) + len(held_out)) / 10, abs=1)
-    inputs, targets = demo.sample_batch(training, np.random.default_rng(0), small_config())
+    text, held_out = demo.read_text()
+    assert bytes(text[:60].astype(np.uint8)) == README.read_bytes()[:60]
+    assert len(held_out) == pytest.approx(len(text) / 9, abs=1)
+    inputs, targets = demo.sample_batch(text, np.random.default_rng(0), small_config())
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_two_processes_find_the_losses_of_one(tmp_path):
     """兩個行程各有四個假裝置，經由 loopback 合成一張 4x2 的 Mesh；對照是這個行程的八個假裝置。"""
     config = small_config(num_kv_heads=8, strategies=("data_model",), steps=2)
-    bounded = [name for name, kind in demo.Config.__annotations__.items() if hasattr(kind, "__metadata__")]
-    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in bounded if "process" not in name]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, str(script("5_Sharding_Demo")), *flags, "--coordinator", f"127.0.0.1:{port}"]
+    numbers = [field.name for field in dataclasses.fields(config) if hasattr(field.type, "__metadata__")]
+    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in numbers if "process" not in name]
+    command = [sys.executable, str(script("5_Sharding_Demo")), *flags, "--coordinator", f"127.0.0.1:{free_port()}"]
     command += ["--num-processes", "2", "--strategies", "data_model"]
     processes = [
         subprocess.Popen(
