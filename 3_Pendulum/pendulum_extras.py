@@ -245,7 +245,7 @@ def relative_variance(rows: dict, name: str) -> float:
 
 def comparison_table(rows: dict) -> str:
     """回報是各個隨機種子的評估平均；差是和 ppo_clip 同一個種子相減。最後一列是還沒有訓練的策略。"""
-    lines, untrained = [], next(iter(rows.values()))["untrained"]
+    lines, untrained = [], next(iter(rows.values())).get("untrained")
     reference = rows.get("ppo_clip", {"eval_means": []})["eval_means"]
     for name, row in rows.items():
         means, variance = row["eval_means"], "—"
@@ -255,7 +255,8 @@ def comparison_table(rows: dict) -> str:
             variance = f"{relative_variance(rows, name):.2g}"
         share = f"{100 * np.mean(row['outside_shares']):.1f} %"
         lines.append([f"`{name}`", show_mean(means), f"{min(means):.1f}", difference, variance, share])
-    lines.append(["未訓練", show_mean(untrained), f"{min(untrained):.1f}", "—", "—", "—"])
+    if untrained:  # 第一版的紀錄沒有這一列
+        lines.append(["未訓練", show_mean(untrained), f"{min(untrained):.1f}", "—", "—", "—"])
     header = (
         "演算法",
         "平均回報 [95 %]",
