@@ -19,7 +19,7 @@ from sharding_devices import FAKE_DEVICES
 import lesson
 from lesson_extras import figure, markdown_table
 
-MAX_NUMBERS = 10**9  # 八個假裝置擠在一台筆電裡，最多一共存幾個 float32：4 GB
+MAX_NUMBERS = 2 * 10**9  # 八個假裝置擠在一台筆電裡，最多一共存幾個 float32：8 GB
 
 
 def check_shape(config, llama: Llama) -> None:

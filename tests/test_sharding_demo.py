@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from flax.core.spmd import get_pspec
 from hypothesis import given, settings
-from lessons import ROOT, block, defaults, environment, load, metrics, run, script
+from lessons import ROOT, SHORT, block, defaults, environment, load, metrics, run, script
 
 demo = load("5_Sharding_Demo")
 llama_file = importlib.import_module("llama")
@@ -443,7 +443,7 @@ def run_main(monkeypatch, *flags):
         ("--num-kv-heads 4", "錯誤：model 把 kv_heads 的 4 切成 8 份 (data 軸 4 × model 軸 2)，除不盡；要是 8 的倍數"),
         ("--rules width=model", "vocab、embed、layers、heads、head_dim、kv_heads、mlp、batch、sequence"),
         ("--rules batch=data,batch=model", "--rules 的 batch 寫了兩次；"),
-        ("--mlp-dim 1000000", "一台筆電放得下 1e+09 個，把模型、批次或序列調小"),
+        ("--mlp-dim 1000000", "一台筆電放得下 2e+09 個，把模型、批次或序列調小"),
         ("--batch-size 100000", "這樣的模型與批次要存的數太多"),
         ("--num-layers 100 --sequence-length 1024", "這樣的模型與批次要存的數太多"),
         ("--ledger llama3-8b --steps 5", "--ledger llama3-8b 與 --steps 一起用；記憶體帳不訓練，不要寫 --steps"),
@@ -516,6 +516,27 @@ def test_devices_that_are_not_here_are_explained_in_one_sentence(environment_var
     assert result.stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+NOTEBOOK = """
+import runpy, sys
+import jax, jax.numpy as jnp
+mine = jnp.arange(3) + 1
+assert jax.device_count() == 1
+sys.argv = ["sharding_demo.py", *{flags!r}.split()]
+runpy.run_path({script!r}, run_name="__main__")
+assert jax.device_count() == 8
+assert (mine + jnp.arange(3)).tolist() == [1, 3, 5]
+"""
+
+
+def test_in_a_notebook_where_jax_already_runs_with_one_device(tmp_path):
+    flags = f"{SHORT['5_Sharding_Demo']} --out-dir out"
+    code = NOTEBOOK.format(flags=flags, script=str(script("5_Sharding_Demo")))
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(README.parent)!r}){code}"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert metrics(tmp_path / "out")["device"] == {"platform": "cpu", "count": 8}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
@@ -656,7 +677,7 @@ def test_two_processes_find_the_losses_of_one(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0].splitlines()[-1] == "結果存在 out0"
     assert "達標" not in outputs[1][0]
-    assert list((tmp_path / "out1").iterdir()) == []
+    assert not (tmp_path / "out1").exists()
     together = metrics(tmp_path / "out0")
     assert together["device"]["count"] == 8
     for name, result in alone.items():
