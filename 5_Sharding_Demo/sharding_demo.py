@@ -289,7 +289,13 @@ class Result:
 
 
 def train_strategy(result: Result, step, state: nnx.State, config: Config, stop: threading.Event | None, bar) -> None:
-    """用一種策略訓練 steps 步，寫進 result；種子相同，所以每種策略的批次都相同。損失不是有限的數就丟出 LessonError。"""
+    """用一種策略訓練 steps 步，寫進 result；stop 被設定時，停在兩步之間，至少走一步。
+
+    種子相同，所以每種策略的批次都相同。
+
+    Raises:
+        lesson.LessonError: 損失變成 NaN 或無限大。
+    """
     (training, held_out), rng, program = read_text(), np.random.default_rng(config.seed), result.program
     while len(result.losses) < config.steps and not (stop and stop.is_set() and result.losses):
         inputs, targets = (distribute(x, program.tokens) for x in sample_batch(training, rng, config))

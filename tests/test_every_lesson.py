@@ -115,8 +115,13 @@ def test_ctrl_c_keeps_what_was_learnt(lesson, tmp_path):
 
 def test_one_seed_gives_one_result_also_when_the_folder_stands_alone(lesson, call, tmp_path):
     """一次在這個行程裡，一次由使用者在複製走的資料夾裡執行。"""
-    alone = tmp_path / "只有 這一課"
+    alone = tmp_path / "只有 這一課" / lesson
     shutil.copytree(ROOT / lesson, alone, ignore=shutil.ignore_patterns("outputs", "__pycache__", ".jax_cache"))
+    if lesson == "5_Sharding_Demo":  # 它訓練的文字是全部的 README
+        for readme in lessons.READMES:
+            copy = alone.parent / readme.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(readme, copy)
     flags = f"{SHORT[lesson]} --seed 3"
     command = [sys.executable, str(alone / script(lesson).name), *flags.split(), "--out-dir", str(tmp_path / "a")]
     result = subprocess.run(command, cwd=tmp_path, env=lessons.environment(), capture_output=True, text=True)
