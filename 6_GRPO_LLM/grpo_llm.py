@@ -68,7 +68,8 @@ class Config:
     group_size: Annotated[int, (1, 1024)] = 8  # 每個提示採樣幾個答案 (G)
     updates: Annotated[int, (1, 10**6)] = 40  # 收集與學習幾個階段
     train_epochs: Annotated[int, (1, 1000)] = 1  # 同一批答案學幾遍 (K)
-    learning_rate: Annotated[float, (1e-8, 1)] = 3e-4  # Adam 的學習率
+    learning_rate: Annotated[float, (1e-8, 1)] = 5e-4  # Adam 的學習率
+    anneal_learning_rate: bool = True  # 學習率照餘弦降到 0
     critic_learning_rate: Annotated[float, (1e-8, 1)] = 1e-3  # ppo 的評論家用的學習率
     gae_lambda: Annotated[float, (0, 1)] = 1.0  # ppo 的 GAE 的 λ；γ 固定是 1
     clip_epsilon: Annotated[float, (0, 1)] = 0.2  # 比例裁剪的 ε：界線是 1 - ε 與 1 + ε
@@ -212,12 +213,14 @@ class GRPOAgent(nnx.Module):
         self.loss_average, self.reward = config.loss_average, config.reward
         self.clip_epsilon, self.beta = config.clip_epsilon, config.beta
         self.actor = nnx.clone(base)
-        self.actor_optimizer = nnx.Optimizer(self.actor, make_optimizer(config.learning_rate), wrt=nnx.Param)
+        steps = config.updates * config.train_epochs if config.anneal_learning_rate else None
+        tx = make_optimizer(config.learning_rate, steps)
+        self.actor_optimizer = nnx.Optimizer(self.actor, tx, wrt=nnx.Param)
         self.reference = nnx.clone(base) if config.beta > 0 else None
         self.critic, self.critic_optimizer = None, None
         if config.algorithm == "ppo":  # 從基礎模型開始，只有輸出層是新的
             self.critic = critic.make_critic(config, base)
-            tx = make_optimizer(config.critic_learning_rate)
+            tx = make_optimizer(config.critic_learning_rate, steps)
             self.critic_optimizer = nnx.Optimizer(self.critic, tx, wrt=nnx.Param)
 
     def rollout(self, prompts: jax.Array, sums: jax.Array, key: jax.Array) -> Batch:

@@ -27,9 +27,11 @@ def language_model_loss(actor: Transformer, texts: tuple[jax.Array, ...]) -> jax
 
 
 @functools.cache
-def make_optimizer(learning_rate: float, steps: int | None = None):
-    """Adam，梯度先裁剪；steps 給了就暖身再照餘弦下降。同樣的參數拿到同一個物件，nnx.jit 才不會重新編譯。"""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps) if steps else learning_rate
+def make_optimizer(learning_rate: float, steps: int | None, warmup: int = 0) -> optax.GradientTransformation:
+    """Adam，梯度先裁剪；steps 給了就照餘弦降到 0。同樣的參數拿到同一個物件，nnx.jit 才不會重新編譯。"""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps) if warmup else learning_rate
+    if steps and not warmup:
+        schedule = optax.cosine_decay_schedule(learning_rate, steps)
     return optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adam(schedule))
 
 
@@ -58,7 +60,7 @@ def pretrain(config, stop: threading.Event | None, progress: bool) -> tuple[Tran
     problems, losses = Problems([config.seed, 0]), []
     key = jax.random.key(config.seed, impl="rbg")  # rbg：採樣與編譯都比 JAX 預設的產生器快
     model = nnx.jit(lambda key: Transformer(config, nnx.Rngs(key)))(key)
-    tx = make_optimizer(config.pretrain_learning_rate, config.pretrain_steps)
+    tx = make_optimizer(config.pretrain_learning_rate, config.pretrain_steps, warmup=config.pretrain_steps // 20)
     optimizer = nnx.jit(lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param))(model)
     with tqdm(total=config.pretrain_steps, desc="預訓練", unit="步", disable=None if progress else True) as bar:
         while len(losses) < config.pretrain_steps and not (stop and stop.is_set()):
