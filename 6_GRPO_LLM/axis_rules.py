@@ -126,11 +126,16 @@ def mesh_shape(mesh: str) -> dict[str, int]:
     return {"data": 4, "model": 2} if cpu else {"data": devices, "model": 1}
 
 
-def make_mesh(shape: dict[str, int]) -> Mesh:
+def make_mesh(mesh: str, rules: dict, sizes: list[tuple[str, int]]) -> Mesh:
     """裝置的地圖，裝置有多的就不用。AxisType.Auto：通訊由編譯器決定，見第 5 課。"""
-    size, devices = math.prod(shape.values()), jax.devices()
+    shape, devices = mesh_shape(mesh), jax.devices()
+    size = math.prod(shape.values())
     if size > len(devices) or (size < len(devices) and jax.process_count() > 1):
         raise LessonError(f"--mesh 要 {size} 個裝置，這裡有 {len(devices)} 個；用 --mesh {len(devices)}x1，或不要寫", 2)
+    try:
+        check_rules(rules, shape, sizes)  # auto 的形狀，這時才知道
+    except ValueError as error:
+        raise LessonError(str(error), 2) from error
     return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape), devices=devices[:size])
 
 

@@ -35,7 +35,7 @@ import task
 from axis_rules import constrain, distribute, replicate
 from flax import nnx
 from model import Transformer, answer_log_probs, answer_outputs
-from pretraining import check_finite, language_model_loss, make_optimizer, pretrain, pretrain_steps
+from pretraining import check_finite, make_optimizer, pretrain, pretrain_steps, text_loss
 from task import ANSWER_LENGTH, PROMPT_LENGTH, Problems
 from tqdm import tqdm
 
@@ -51,9 +51,7 @@ PASS_PROMPTS, PASS_SAMPLES = 128, 32  # pass@k：幾題，一題幾個答案
 class Config:
     """超參數的唯一來源：命令列、README 的表格與測試都讀這裡。"""
 
-    algorithm: Literal["grpo", "ppo", "supervised"] = (
-        "grpo"  # 演算法：ppo 的評論家給每個詞元一個價值；supervised 是同樣多詞元的預訓練
-    )
+    algorithm: Literal["grpo", "ppo", "supervised"] = "grpo"  # 演算法；ppo 有評論家，supervised 只是接著預訓練
     seed: Annotated[int, (0, 2**32 - 1)] = 42  # 隨機種子 (seed)
     num_layers: Annotated[int, (1, 32)] = 2  # Transformer 的層數
     embed_dim: Annotated[int, (2, 4096)] = 96  # 殘差流的寬度 (embed 軸)
@@ -74,9 +72,7 @@ class Config:
     gae_lambda: Annotated[float, (0, 1)] = 1.0  # ppo 的 GAE 的 λ；γ 固定是 1
     clip_epsilon: Annotated[float, (0, 1)] = 0.2  # 比例裁剪的 ε：界線是 1 - ε 與 1 + ε
     beta: Annotated[float, (0, 1e6)] = 0.0  # KL 散度懲罰的權重 β；參考模型是凍結的基礎模型
-    loss_average: Literal["grpo", "dapo", "dr_grpo"] = (
-        "grpo"  # 詞元怎麼平均：每個答案先平均；全部詞元一起；除以固定長度、優勢不除標準差
-    )
+    loss_average: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # 詞元的平均：先在答案裡；全部一起；除以固定長度
     reward: Literal["exact", "last-digit"] = "exact"  # 獎勵的規則：整個和都對，或只看個位數 (有漏洞)
     dynamic_sampling: bool = False  # 全對與全錯的題目換掉，重新採樣
     mesh: str = "auto"  # Mesh 的形狀：data 軸 x model 軸；auto 在 CPU 上是八個假裝置 4x2，別處全放 data 軸
@@ -114,10 +110,10 @@ class Config:
         return total - step_by_step, step_by_step
 
 
-# 2. 環境：提示是狀態，下一個詞元是動作，寫完才有獎勵 (task.py) --------------------------------------
+# 2. 環境：提示是狀態，下一個詞元是動作，寫完才有獎勵 (task.py) ----------------------------------------
 
 
-# 3. 網路：只有解碼器的 Transformer (model.py)，演員與評論家是同一種 ------------------------------------
+# 3. 網路：只有解碼器的 Transformer (model.py)；先預訓練成基礎模型 (pretraining.py) --------------------
 
 
 # 4. 優勢與目標 ---------------------------------------------------------------------------------------
@@ -181,9 +177,8 @@ def sample(actor: Transformer, prompts: jax.Array, key: jax.Array, group_size: i
         """讀一個詞元，記進 KV 快取；回傳快取與下一個詞元的 logits。"""
         decoder = nnx.merge(graphdef, cache, weights)
         logits = decoder(token[:, None], position, decode=True)[:, 0]
-        return jax.tree.map(
-            lambda x: constrain(x, "cache") if x.ndim == 4 else x, nnx.state(decoder, nnx.Cache)
-        ), logits
+        cache = jax.tree.map(lambda x: constrain(x, "cache") if x.ndim == 4 else x, nnx.state(decoder, nnx.Cache))
+        return cache, logits
 
     def write(carry, step):
         cache, logits, ended = carry
@@ -300,16 +295,18 @@ def learn(agent: GRPOAgent, batch: Batch, train_epochs: int) -> dict:
 
 def on_mesh(config: Config):
     """with on_mesh(config)：裡面的權重、快取與批次都照 config 的規則手冊切。"""
-    mesh, rules = axis_rules.make_mesh(axis_rules.mesh_shape(config.mesh)), axis_rules.parse_rules(config.rules)
-    return axis_rules.rule_book(mesh, rules)
+    rules = axis_rules.parse_rules(config.rules)
+    return axis_rules.rule_book(axis_rules.make_mesh(config.mesh, rules, extras.axis_sizes(config)), rules)
 
 
 def one_update(agent: GRPOAgent, problems: Problems, config: Config, key: jax.Array, seconds: dict) -> dict:
     """收集一批、學習、丟棄；回傳這個階段的紀錄。"""
+    start = time.perf_counter()
     if config.algorithm == "supervised":
         texts = problems.texts(config.train_epochs, *config.text_rows(SUPERVISED_TEXTS * config.rows))
-        return extras.supervised_log(pretrain_steps(agent.actor, agent.actor_optimizer, texts), texts)
-    start = time.perf_counter()
+        log = extras.supervised_log(pretrain_steps(agent.actor, agent.actor_optimizer, texts), texts)
+        seconds["learn"] += time.perf_counter() - start
+        return log
     batch, log = collect(agent, *problems.prompts(config.num_prompts), key)
     tokens = float(log["length"]) * config.rows
     for i in range(1, SAMPLING_ROUNDS if config.dynamic_sampling else 1):
@@ -369,7 +366,7 @@ def evaluate(actor: Transformer, config: Config) -> dict:
             answers = np.asarray(write_answers(actor, rows, key, i == 0))
             correct.append(np.asarray(task.calculate_rewards(answers, sums[chosen], "exact")))
             texts.append(answers)
-        loss = nnx.jit(language_model_loss)(actor, problems.test_texts(*config.text_rows(len(prompts))))
+        loss = text_loss(actor, problems.test_texts(*config.text_rows(len(prompts))))
     greedy, sampled = correct[0], np.concatenate(correct[1:]).reshape(PASS_PROMPTS, PASS_SAMPLES)
     return extras.summarize(prompts, texts, greedy, sampled) | {"language_model_loss": float(loss)}
 
@@ -381,6 +378,8 @@ def main() -> None:
     config = lesson.parse(Config, "第 6 課：GRPO 訓練語言模型，一個詞元一個詞元地寫，切在 Mesh 上")
     axis_rules.start_devices(config)
     lesson.find_devices()
+    if config.measure != "none":
+        return extras.measure(RUN, config, on_mesh, GRPOAgent, collect, learn, sample)
     if config.compare:
         return extras.compare(RUN, config, train, evaluate)
     result = train(config, RUN.stop)

@@ -3,15 +3,20 @@
 import functools
 import math
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import axis_rules
 import jax
 import jax.numpy as jnp
+import measurements
 import numpy as np
+import scipy.stats
 import task
 from flax import nnx
 
 import lesson_extras
+from lesson_extras import figure, markdown_table
 
 PASS_KS = (1, 2, 4, 8, 16, 32)
 SHOWN_PROMPTS, SHOWN_ANSWERS = 3, 4
@@ -32,7 +37,13 @@ def axis_sizes(config) -> list[tuple[str, int]]:
 
 
 def check_experiments(config) -> None:
-    """--measure 與 --compare 自己決定的旗標，不能另外給。"""
+    """--measure 與 --compare 自己決定的旗標，不能另外給；它們要跑的設定也先檢查一遍。"""
+    if config.compare and config.measure != "none":
+        raise ValueError(f"--compare 配上 --measure {config.measure}；一次只能做一樣")
+    if config.measure != "none":
+        measurements.variants(config)
+    if config.compare:
+        variants(config)
 
 
 def load_base(config, model_class):
@@ -42,6 +53,10 @@ def load_base(config, model_class):
     lesson_extras.load_weights(config.base, model, "--base")
     axis_rules.place(model)
     return model
+
+
+def measure(run, config, *functions) -> None:
+    measurements.measure(run, config, measurements.Story(*functions))
 
 
 # 動態採樣 --------------------------------------------------------------------------------------------
@@ -138,10 +153,198 @@ def save(run, config, result, base: dict, trained: dict) -> bool:
     return True
 
 
-def draw(result, config, base, trained):
-    pass
+def describe(base: dict, trained: dict) -> str:
+    """印給人看的結果：同樣的題目，訓練前後各寫了什麼，以及摘要。"""
+    lines = []
+    for prompt, before in base["examples"].items():
+        lines.append(f"{prompt}")
+        for name, answers in (("基礎模型", before), ("GRPO 之後", trained["examples"][prompt])):
+            lines += [f"    {name}  {'對' if right else '錯'}  {answer}" for answer, right in answers]
+    rows = []
+    names = {"sampled": "採樣，對的 (%)", "greedy": "貪婪，對的 (%)"}
+    names |= {"step_by_step": "逐步作答的 (%)", "length": "平均長度 (詞元)"}
+    names |= {"right_direct": "直接作答時，對的 (%)", "right_step_by_step": "逐步作答時，對的 (%)"}
+    for key, name in names.items():
+        rows.append([name, *("—" if x[key] is None else f"{x[key]:.1f}" for x in (base, trained))])
+    for k in (1, 4, 32):
+        rows.append([f"pass@{k} (%)", *(f"{x['pass_at_k'][k]:.1f}" for x in (base, trained))])
+    rows.append(["預訓練的文字上的損失", *(f"{x['language_model_loss']:.3f}" for x in (base, trained))])
+    return "\n".join(lines) + "\n\n" + markdown_table(("測試題", "基礎模型", "GRPO 之後"), rows)
 
 
-def describe(base, trained):
-    keys = ("greedy", "sampled", "length", "step_by_step", "right_direct", "right_step_by_step", "language_model_loss")
-    return "\n".join(f"{k} {base[k]} {trained[k]}" for k in keys)
+# 圖 --------------------------------------------------------------------------------------------------
+
+
+def draw(result, config, base: dict, trained: dict) -> None:
+    draw_learning_curve(result, config)
+    draw_pass_at_k({"base": base, "trained": trained}, config)
+
+
+def draw_learning_curve(result, config) -> None:
+    """正確率、逐步作答的比率、長度，一張圖；下面是沒有訊號的題目。"""
+    curve, updates = result.curve, np.arange(1, result.updates + 1)
+    options = {"figsize": (7, 5.6), "sharex": True, "height_ratios": [3, 1]}
+    with figure(config.out_dir / "learning_curve.png", 2, 1, **options) as (_, (top, bottom)):
+        top.plot(updates, 100 * np.array(curve["reward"]), "o-", ms=3, color="C0", label="reward, sampled")
+        top.plot(updates, 100 * np.array(curve["step_by_step"]), "s-", ms=3, color="C1", label="step-by-step answers")
+        top.set(ylabel="%", ylim=(-3, 103), title=f"{config.algorithm}: one batch of {config.rows} answers per update")
+        length = top.twinx()
+        length.plot(updates, curve["length"], "^--", ms=3, color="C2", label="length (right axis)")
+        length.set(ylabel="tokens per answer", ylim=(0, task.ANSWER_LENGTH + 1))
+        length.grid(False)
+        length.spines["right"].set_visible(True)
+        handles = [*top.get_lines(), *length.get_lines()]
+        top.legend(handles, [line.get_label() for line in handles], loc="lower right")
+        bottom.plot(updates, 100 * np.array(curve["silent"]), "o-", ms=3, color="C3")
+        bottom.set(ylabel="silent groups (%)", xlabel="update", ylim=(-3, 103))
+
+
+def draw_pass_at_k(rows: dict, config) -> None:
+    """pass@k：k 個答案裡至少一個對。"""
+    with figure(config.out_dir / "pass_at_k.png", figsize=(6, 3.8)) as (_, axes):
+        for name, row in rows.items():
+            axes.plot(PASS_KS, list(row["pass_at_k"].values()), "o-", label=name)
+        axes.set(
+            xscale="log", xlabel="k", ylabel="pass@k (%)", ylim=(0, 103), title="at least one of k answers is right"
+        )
+        axes.set_xticks(PASS_KS, labels=map(str, PASS_KS))
+        axes.minorticks_off()
+        axes.legend(loc="lower right")
+
+
+# 比較 ------------------------------------------------------------------------------------------------
+
+DEFAULT = "default"
+TUNED = ("algorithm", "beta", "reward", "loss_average", "dynamic_sampling", "train_epochs", "base")
+
+
+def variants(config) -> dict:
+    """--compare 要跑的設定，一次只改一樣。同一個隨機種子的都從同一個基礎模型開始，direct_only 除外。"""
+    for name in TUNED:
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--compare 配上 {flag}；它由 --compare 決定，不要自己寫")
+    config = replace(config, compare=False)
+    groups = {g: replace(config, num_prompts=max(1, config.rows // g), group_size=g) for g in (2, 4, 16)}
+    hacked = replace(config, reward="last-digit")
+    return {
+        DEFAULT: config,
+        "beta_0.05": replace(config, beta=0.05),
+        "beta_0.3": replace(config, beta=0.3),
+        "last_digit": hacked,
+        "last_digit_beta_0.3": replace(hacked, beta=0.3),
+        "dapo": replace(config, loss_average="dapo"),
+        "dr_grpo": replace(config, loss_average="dr_grpo"),
+        "K_4": replace(config, train_epochs=4),
+        "K_4_no_clip": replace(config, train_epochs=4, clip_epsilon=1.0),
+        **{f"G_{g}": variant for g, variant in groups.items()},
+        "dynamic_sampling": replace(config, dynamic_sampling=True),
+        "ppo": replace(config, algorithm="ppo"),
+        "supervised": replace(config, algorithm="supervised"),
+        "direct_only": replace(config, step_by_step_share=0.0),
+    }
+
+
+def compare(run, config, train, evaluate) -> None:
+    bases = {}  # 一個隨機種子的基礎模型；換種子就丟掉
+
+    def measure(variant) -> dict:
+        key = variant.seed, variant.step_by_step_share
+        if not any(seed == variant.seed for seed, _ in bases):
+            bases.clear()
+        result = train(variant, run.stop, progress=False, base=bases.get(key, (None, None))[0])
+        if result.interrupted:
+            return {}
+        if key not in bases:
+            bases[key] = result.base, evaluate(result.base, variant)
+        base, trained, curve = bases[key][1], evaluate(result.agent.actor, variant), result.curve
+        columns = ("sampled", "greedy", "length", "step_by_step", "language_model_loss", "unfinished")
+        return {
+            **{name: trained[name] for name in columns},
+            **{f"base_{name}": base[name] for name in columns},
+            "pass_at_k": list(trained["pass_at_k"].values()),
+            "base_pass_at_k": list(base["pass_at_k"].values()),
+            "own_reward": 100 * float(np.mean(curve["reward"][-5:])),
+            "outside": 100 * float(np.mean(curve["outside"])),
+            "tokens": float(np.sum(curve["tokens"])),
+            "sample_seconds": result.seconds["sample"],
+            "learn_seconds": result.seconds["learn"],
+            "state_bytes": sum(memory_bytes(result.agent).values()),
+            "rewards": curve["reward"],
+            "silent": curve["silent"],
+        }
+
+    lesson_extras.compare(run, config, variants(config), measure, comparison_table, draw_comparison)
+
+
+def interval(values) -> str:
+    """平均與 95 % 的信賴區間 (拔靴法)。"""
+    values = np.asarray(values, float)
+    mean = f"{values.mean():.1f}"
+    if len(values) < 3 or np.ptp(values) == 0:
+        return mean
+    low, high = scipy.stats.bootstrap((values,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    return f"{mean} [{low:.1f}, {high:.1f}]"
+
+
+def comparison_table(rows: dict) -> str:
+    """三張 Markdown 表格：正確率與忘了多少、pass@k、學習的樣子與代價。"""
+    quality, passes, costs = [], [], []
+    default = rows.get(DEFAULT, {})
+    for name, row in rows.items():
+        sampled = np.array(row["sampled"])
+        pairs = min(len(sampled), len(default.get("sampled", ())))  # 同一個隨機種子的相減
+        difference = "—"
+        if pairs and name != DEFAULT:
+            difference = interval(sampled[:pairs] - np.array(default["sampled"][:pairs]))
+        cells = [interval(sampled), f"{sampled.min():.1f}", difference, interval(row["greedy"])]
+        cells += [f"{np.mean(row['length']):.1f}", f"{np.mean(row['step_by_step']):.0f} %"]
+        quality.append([f"`{name}`", *cells, f"{np.mean(row['language_model_loss']):.2f}"])
+        cells = [f"{np.mean(row['own_reward']):.1f}", f"{100 * np.mean(row['silent']):.0f} %"]
+        cells += [f"{np.mean(row['outside']):.1f} %", f"{np.mean(row['tokens']) / 1e3:,.0f}"]
+        cells += [f"{np.median(row[f'{phase}_seconds']):.1f}" for phase in ("sample", "learn")]
+        costs.append([f"`{name}`", *cells, f"{np.mean(row['state_bytes']) / 1e6:.1f}"])
+    for name in (DEFAULT, "direct_only"):
+        for column, title in (("base_pass_at_k", "基礎模型"), ("pass_at_k", "GRPO 之後")):
+            if name in rows:
+                means = np.mean(rows[name][column], axis=0)
+                passes.append([f"`{name}`，{title}", *(f"{mean:.1f}" for mean in means)])
+    header = ("做法", "採樣 (%)", "最差的種子", "與 default 的差", "貪婪 (%)", "長度", "逐步作答", "預訓練文字的損失")
+    first = markdown_table(header, quality)
+    second = markdown_table(("pass@k (%)", *(f"k = {k}" for k in PASS_KS)), passes)
+    header = ("做法", "自己的獎勵 (%)", "沒有訊號的題目", "最後一遍越界的詞元", "採樣的詞元 (千)")
+    return "\n".join([first, second, markdown_table((*header, "收集 (秒)", "學習 (秒)", "訓練狀態 (MB)"), costs)])
+
+
+def draw_comparison(rows: dict, out_dir: Path) -> None:
+    """comparison.png：β 換來什麼、鑽漏洞、pass@k、沒有訊號的題目。"""
+    with figure(out_dir / "comparison.png", 1, 4, figsize=(17, 4)) as (_, (forget, hack, passes, silent)):
+        betas = {0.0: DEFAULT, 0.05: "beta_0.05", 0.3: "beta_0.3"}
+        losses = [np.mean(rows[name]["language_model_loss"]) for name in betas.values()]
+        forget.plot(range(3), losses, "o-", label="GRPO")
+        forget.axhline(np.mean(rows[DEFAULT]["base_language_model_loss"]), color="0.4", ls=":", label="base model")
+        forget.set_xticks(range(3), labels=[f"β = {beta}" for beta in betas])
+        forget.set(ylabel="nat per answer token", title="forgetting: loss on the pretraining text", ylim=(0, None))
+        pairs = {"β = 0": "last_digit", "β = 0.3": "last_digit_beta_0.3"}
+        for offset, (column, label) in zip(
+            (-0.27, 0, 0.27),
+            (("own_reward", "its reward"), ("sampled", "right, sampled"), ("greedy", "right, greedy")),
+            strict=True,
+        ):
+            heights = [np.mean(rows[name][column]) for name in pairs.values()]
+            hack.bar(np.arange(2) + offset, heights, width=0.25, label=label)
+        hack.set_xticks(range(2), labels=list(pairs))
+        hack.set(ylabel="%", title="reward that checks the last digit only", ylim=(0, 130))
+        for name, title in ((DEFAULT, "40 % step by step"), ("direct_only", "never step by step")):
+            for column, style in (("base_pass_at_k", "o:"), ("pass_at_k", "o-")):
+                label = f"{'base' if style == 'o:' else 'trained'}, {title}"
+                passes.plot(PASS_KS, np.mean(rows[name][column], axis=0), style, label=label)
+        passes.set(xscale="log", xlabel="k", ylabel="pass@k (%)", title="at least one of k is right")
+        passes.set_xticks(PASS_KS, labels=map(str, PASS_KS))
+        passes.minorticks_off()
+        for name in (DEFAULT, "G_2", "G_16", "dynamic_sampling"):
+            values = 100 * np.mean(rows[name]["silent"], axis=0)
+            silent.plot(np.arange(1, len(values) + 1), values, label=name)
+        silent.set(xlabel="update", ylabel="silent groups sampled (%)", title="no signal: all right or all wrong")
+        for axes in (forget, hack, passes, silent):
+            axes.legend(fontsize=8)

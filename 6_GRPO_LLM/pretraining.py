@@ -26,6 +26,9 @@ def language_model_loss(actor: Transformer, texts: tuple[jax.Array, ...]) -> jax
     return -total / sum(jnp.sum(mask) for mask in masks)
 
 
+text_loss = nnx.jit(language_model_loss)
+
+
 @functools.cache
 def make_optimizer(learning_rate: float, steps: int | None, warmup: int = 0) -> optax.GradientTransformation:
     """Adam，梯度先裁剪；steps 給了就照餘弦降到 0。同樣的參數拿到同一個物件，nnx.jit 才不會重新編譯。"""

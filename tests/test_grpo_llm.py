@@ -308,7 +308,7 @@ def test_a_second_experiment_starts_from_the_saved_base(trained, tmp_path):
     assert again.curve == trained["1x1"].curve
     for content in (b"", base.read_bytes()[:500], b"not weights"):
         base.write_bytes(content)
-        with pytest.raises(llm.lesson.LessonError, match="--base .*讀不出這一課的權重") as refused:
+        with pytest.raises(llm.lesson.LessonError, match=r"--base .*讀不出這一課的權重") as refused:
             llm.train(config, progress=False)
         assert refused.value.args[1] == 2
 
