@@ -1,6 +1,5 @@
 """第 6 課：題目、KV 快取、遮罩、三種平均、群組的優勢與梯度、PPO 的 GAE、pass@k、切分，都對照獨立的算法。"""
 
-import dataclasses
 import itertools
 import math
 import socket
@@ -18,7 +17,7 @@ from lessons import environment, load, metrics, run, script
 
 llm = load("6_GRPO_LLM")
 task, critic, axis_rules, extras = llm.task, llm.critic, llm.axis_rules, llm.extras
-SMALL = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32, "pretrain_batch_size": 16}
+SMALL = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32, "pretrain_batch_size": 16}
 SMALL |= {"pretrain_steps": 4, "num_prompts": 8, "group_size": 2, "updates": 2}
 
 
@@ -115,11 +114,11 @@ def test_test_problems_are_never_trained_on():
 
 
 def test_the_cache_gives_the_logits_of_the_full_pass():
-    config = small()
+    config = small(num_layers=2)
     with llm.on_mesh(config):
         actor = make_actor(config)
         tokens = np.random.default_rng(0).integers(0, task.VOCAB, (3, 20))
-        full, decoder = actor(tokens), nnx.clone(actor)
+        full, decoder = nnx.jit(lambda actor, tokens: actor(tokens))(actor, tokens), nnx.clone(actor)
         decoder.init_cache(3)
         step = nnx.jit(lambda decoder, token, position: decoder(token, position, decode=True))
         for position in range(20):
@@ -136,12 +135,12 @@ def test_sampled_tokens_come_with_their_log_probabilities():
         answers, log_probs = sample(actor, prompts, jax.random.key(1), 4)
         tokens = np.concatenate([np.repeat(prompts, 4, axis=0), answers], axis=1)
         mask = np.asarray(task.answer_mask(answers))
-        again = llm.answer_log_probs(actor, tokens)
+        again = nnx.jit(llm.answer_log_probs)(actor, tokens)
         np.testing.assert_allclose(log_probs * mask, again * mask, atol=1e-5)
         assert (np.asarray(answers)[mask == 0] == task.PAD).all()
         assert len({row.tobytes() for row in np.asarray(answers)}) > 16  # G 個答案各寫各的
         greedy, _ = sample(actor, prompts, jax.random.key(2), 1, True)
-        best = llm.answer_outputs(actor, np.concatenate([prompts, greedy], axis=1)).argmax(axis=2)
+        best = nnx.jit(llm.answer_outputs)(actor, np.concatenate([prompts, greedy], axis=1)).argmax(axis=2)
         counted = np.asarray(task.answer_mask(greedy)) == 1
         np.testing.assert_array_equal(np.asarray(greedy)[counted], np.asarray(best)[counted])
 
@@ -149,7 +148,7 @@ def test_sampled_tokens_come_with_their_log_probabilities():
 def test_an_untrained_model_has_the_loss_of_a_guess():
     config = small()
     with llm.on_mesh(config):
-        loss = llm.language_model_loss(make_actor(config), task.Problems(0).test_texts(8, 8))
+        loss = llm.text_loss(make_actor(config), task.Problems(0).test_texts(8, 8))
     assert float(loss) == pytest.approx(math.log(task.VOCAB), abs=1.0)
 
 
@@ -194,15 +193,14 @@ def test_the_gradient_equals_the_enumeration_of_every_pair_of_answers():
     old = log_probs(weights)
     chance = jnp.exp(old.sum(axis=1))
 
+    pairs = np.array(list(itertools.product(range(9), repeat=2)))  # 群組是兩個答案
+
     def expected_objective(weights):
-        total = 0.0
-        for pair in itertools.product(range(9), repeat=2):
-            pair = jnp.array(pair)
-            advantages = llm.relative_advantages(rewards[pair][None], divide=False)[0]
-            ratio = jnp.exp(log_probs(weights)[pair] - old[pair])
-            objective = llm.clipped_objective(ratio, advantages[:, None], 0.2)
-            total += chance[pair].prod() * llm.average(objective, jnp.ones_like(objective), "grpo")
-        return total
+        advantages = llm.relative_advantages(rewards[pairs], divide=False)
+        ratio = jnp.exp(log_probs(weights) - old)[pairs]
+        objective = llm.clipped_objective(ratio, advantages[..., None], 0.2)
+        averages = jax.vmap(lambda pair: llm.average(pair, jnp.ones_like(pair), "grpo"))(objective)
+        return jnp.sum(chance[pairs].prod(axis=1) * averages)
 
     ours, exact = jax.jit(jax.grad(expected_objective))(weights), jax.grad(expected_reward)(weights)
     np.testing.assert_allclose(ours, exact * (1 - 1 / 2) / 2, atol=1e-6)
@@ -214,10 +212,11 @@ def test_the_objective_at_the_old_policy_and_its_kl():
         agent = llm.GRPOAgent(config, make_actor(config))
         prompts, sums = task.Problems(0).prompts(8)
         batch = nnx.jit(lambda agent: agent.rollout(prompts, sums, jax.random.key(0)))(agent)
-        objective, outside = agent.actor_objective(agent.actor, batch)
+        judge = nnx.jit(lambda actor: agent.actor_objective(actor, batch))
+        objective, outside = judge(agent.actor)
         assert float(objective) == pytest.approx(0, abs=1e-5)  # 比例是 1，優勢的平均是 0，KL 是 0
         assert float(outside) == 0
-        moved = agent.actor_objective(make_actor(config, seed=1), batch)
+        moved = judge(make_actor(config, seed=1))
     assert float(moved[1]) > 0.5
     log_p, log_q = jnp.log(jnp.array([0.2, 0.3, 0.5])), jnp.log(jnp.array([0.6, 0.3, 0.1]))
     kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q))
@@ -284,10 +283,10 @@ def test_eight_devices_find_what_one_finds(trained):
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 16)}  # mlp 切成兩份
     assert len(kernel.addressable_shards) == 8
     for module in (agent.actor, agent.reference):
-        query = module.blocks[1].attention.query.kernel[...]
+        query = module.blocks[0].attention.query.kernel[...]
         assert {shard.data.shape for shard in query.addressable_shards} == {(16, 1, 8)}
     moments = [x for x in jax.tree.leaves(nnx.state(agent.actor_optimizer)) if x.shape == (16, 32)]
-    assert len(moments) == 4  # 兩層的 fc1，各兩個動差
+    assert len(moments) == 2  # fc1 的兩個動差
     assert all(x.addressable_shards[0].data.shape == (16, 16) for x in moments)
 
 
@@ -391,7 +390,40 @@ def test_a_missing_base_is_refused_in_one_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_derived_settings_are_checked_before_any_work():
-    for field in dataclasses.fields(llm.Config):
-        assert field.name != "rows"
+def test_experiments_refuse_what_they_decide_themselves():
+    for changes, word in (
+        ({"compare": True, "beta": 0.1}, "--beta"),
+        ({"compare": True, "train_epochs": 2}, "--train-epochs"),
+        ({"compare": True, "measure": "cost"}, "一次只能做一樣"),
+        ({"measure": "mesh", "mesh": "2x1"}, "--measure 配上 --mesh"),
+        ({"compare": True, "num_prompts": 4, "group_size": 2}, "除不盡"),  # G = 16 剩不到四題
+    ):
+        with pytest.raises(ValueError, match=word):
+            llm.Config(**changes)
+    names = extras.variants(llm.Config(compare=True))
+    assert {variant.rows for variant in names.values()} == {256}
+    assert not any(variant.compare for variant in names.values())
+
+
+def test_text_rows_are_shared_evenly():
     assert llm.Config().text_rows(64) == (40, 24)
+    assert small(step_by_step_share=1.0).text_rows(16) == (0, 16)
+    assert small(step_by_step_share=0.0).text_rows(16) == (16, 0)
+
+
+def test_the_ledger_counts_the_published_parameters():
+    shape = extras.measurements.LLAMA3_8B
+    assert extras.measurements.count_parameters(shape) == shape["parameters"] == 8_030_261_248
+    rows = extras.measurements.measure_ledger(llm.Config(), None)
+    assert [round(row["bytes"] / 1e9) for row in rows[:3]] == [64, 16, 64]
+    assert rows[3]["bytes"] == 8 * 1024 * 131_072  # 一個詞元 128 KiB
+
+
+def test_sampling_without_the_cache_writes_the_same_tokens():
+    config = small()
+    with llm.on_mesh(config):
+        actor, key = make_actor(config), jax.random.key(3)
+        prompts, _ = task.make_prompts(np.arange(8) * 111_111)
+        cached = nnx.jit(lambda actor: llm.sample(actor, prompts, key, 2)[0])(actor)
+        plain = nnx.jit(lambda actor: extras.measurements.sample_without_cache(actor, prompts, key, 2))(actor)
+    np.testing.assert_array_equal(cached, plain)
