@@ -36,8 +36,19 @@ def axis_sizes(config) -> list[tuple[str, int]]:
     return [*sizes.items(), *(("batch", size) for size in batches)]
 
 
+def refuse_changed(config, because: str, names: tuple[str, ...]) -> None:
+    """because 用不到或自己決定這些旗標，所以要是預設值；不是就丟出 ValueError。"""
+    for name in names:
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+            raise ValueError(f"{because} 配上 --{name.replace('_', '-')}；這時用不到它，或由 {because} 決定，不要寫")
+
+
 def check_experiments(config) -> None:
     """--measure 與 --compare 自己決定的旗標，不能另外給；它們要跑的設定也先檢查一遍。"""
+    if config.algorithm == "supervised":
+        refuse_changed(config, "--algorithm supervised", ("reward", "beta", "loss_average", "clip_epsilon"))
+    if config.base:
+        refuse_changed(config, "--base", ("pretrain_steps", "pretrain_batch_size", "pretrain_learning_rate"))
     if config.compare and config.measure != "none":
         raise ValueError(f"--compare 配上 --measure {config.measure}；一次只能做一樣")
     if config.measure != "none":
@@ -79,7 +90,8 @@ def supervised_log(losses: jax.Array, texts) -> dict:
     """--algorithm supervised 的紀錄：沒有採樣，獎勵與長度都是文字自己的。"""
     masks = [np.asarray(task.answer_mask(part[..., task.PROMPT_LENGTH :])) for part in texts]
     rows, tokens = sum(mask[..., 0].size for mask in masks), float(sum(mask.sum() for mask in masks))
-    log = {"reward": 1.0, "length": tokens / rows, "step_by_step": masks[1][..., 0].size / rows, "silent": 0.0}
+    stepwise = sum(mask[..., 0].size for mask in masks if mask.shape[-1] == task.ANSWER_LENGTH)
+    log = {"reward": 1.0, "length": tokens / rows, "step_by_step": stepwise / rows, "silent": 0.0}
     return log | {"loss": float(losses.mean()), "outside": 0.0, "tokens": tokens}
 
 
@@ -215,15 +227,13 @@ def draw_pass_at_k(rows: dict, config) -> None:
 # 比較 ------------------------------------------------------------------------------------------------
 
 DEFAULT = "default"
-TUNED = ("algorithm", "beta", "reward", "loss_average", "dynamic_sampling", "train_epochs", "base")
+TUNED = ("algorithm", "beta", "reward", "loss_average", "dynamic_sampling", "train_epochs", "clip_epsilon")
+TUNED += ("group_size", "step_by_step_share", "base")
 
 
 def variants(config) -> dict:
     """--compare 要跑的設定，一次只改一樣。同一個隨機種子的都從同一個基礎模型開始，direct_only 除外。"""
-    for name in TUNED:
-        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--compare 配上 {flag}；它由 --compare 決定，不要自己寫")
+    refuse_changed(config, "--compare", TUNED)
     config = replace(config, compare=False)
     groups = {g: replace(config, num_prompts=max(1, config.rows // g), group_size=g) for g in (2, 4, 16)}
     hacked = replace(config, reward="last-digit")

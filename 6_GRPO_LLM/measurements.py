@@ -49,7 +49,7 @@ def variants(config) -> list:
     """--measure 要跑的設定，讓 Config 先檢查一遍。"""
     config = replace(config, measure="none")
     if config.mesh != "auto" or config.coordinator or config.base:
-        raise ValueError("--measure 配上 --mesh、--coordinator 或 --base；它自己決定這些，不要寫")
+        raise ValueError("--measure 配上 --mesh、--coordinator 或 --base；它自己決定這些，或用不到，不要寫")
     if config.algorithm != "grpo" or config.dynamic_sampling:
         raise ValueError("--measure 配上 --algorithm 或 --dynamic-sampling；它量的是 grpo，不要寫")
     return [replace(config, mesh=mesh, rules=rules, beta=config.beta or 0.1) for mesh, rules in STRATEGIES.values()]
@@ -58,15 +58,18 @@ def variants(config) -> list:
 def measure(run, config, story: Story) -> None:
     """量一項，存檔，印出表格。"""
     name = {"mesh": "strategies", "cost": "cost", "ledger": "ledger"}[config.measure]
-    rows = {"mesh": measure_mesh, "cost": measure_cost, "ledger": measure_ledger}[config.measure](config, story)
+    function = {"mesh": measure_mesh, "cost": measure_cost, "ledger": measure_ledger}[config.measure]
+    rows = function(config, story, run.stop)
+    run.require_learnt(rows)
+    undone = f"量了 {len(rows)} 列" if run.stop.is_set() else ""
     table = {"mesh": strategy_table, "cost": cost_table, "ledger": ledger_table}[config.measure](rows)
     run.save_metrics(config, time.perf_counter() - run.started, **{name: rows})
     save(config.out_dir / f"{config.measure}.md", table.encode())
-    if config.measure == "mesh":
+    if config.measure == "mesh" and not undone:
         draw_strategies(rows, config.out_dir)
     print(table)
     print(verdict(config.measure, rows))
-    run.finish(config)
+    run.finish(config, undone)
 
 
 def verdict(kind: str, rows) -> str:
@@ -124,10 +127,12 @@ def count_collectives(compiled, mesh) -> dict[str, list[int]]:
     return counts
 
 
-def measure_mesh(config, story: Story) -> dict:
+def measure_mesh(config, story: Story, stop) -> dict:
     """每種切法：一個裝置的位元組、收集與學習各有哪些集體通訊、秒數，寫出來的詞元和 single 一不一樣。"""
     rows, single = {}, None
     for name, variant in zip(STRATEGIES, variants(config), strict=True):
+        if stop.is_set():
+            break
         with story.on_mesh(variant):
             agent, problems, mesh = make_agent(variant, story), task.Problems(config.seed), jax.sharding.get_mesh()
             inputs = (*problems.prompts(config.num_prompts), jax.random.key(0, impl="rbg"))
@@ -216,11 +221,13 @@ def sample_without_cache(actor, prompts: jax.Array, key: jax.Array, group_size: 
     return tokens[:, task.PROMPT_LENGTH :]
 
 
-def measure_cost(config, story: Story) -> list[dict]:
+def measure_cost(config, story: Story, stop) -> list[dict]:
     """G = 2、4、8、16：答案一樣多，或提示一樣多；收集與學習一批的秒數。"""
     rows = []
     for group_size in GROUP_SIZES:
         for same, prompts in (("answers", ANSWERS // group_size), ("prompts", ANSWERS // 8)):
+            if stop.is_set():
+                return rows
             variant = replace(config, measure="none", num_prompts=prompts, group_size=group_size)
             with story.on_mesh(variant):
                 agent, problems = make_agent(variant, story), task.Problems(config.seed)
@@ -268,7 +275,7 @@ def count_parameters(shape: dict) -> int:
     return 2 * shape["vocab"] * embed + shape["layers"] * layer + embed
 
 
-def measure_ledger(config, story: Story) -> list[dict]:
+def measure_ledger(config, story: Story, stop) -> list[dict]:
     """每個參數 2 個位元組 (bfloat16)，同筆記；KV 快取：層 × 2 × kv_heads × head_dim × 2 個位元組，一個詞元。"""
     copy = 2 * LLAMA3_8B["parameters"]
     token = LLAMA3_8B["layers"] * 2 * LLAMA3_8B["kv_heads"] * LLAMA3_8B["head_dim"] * 2

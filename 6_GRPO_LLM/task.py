@@ -100,18 +100,20 @@ class Problems:
         self.rng = np.random.default_rng(seed)
         self.train, self.test = split_problems()
 
-    def texts(self, steps: int, direct: int, step_by_step: int) -> tuple[jax.Array, jax.Array]:
-        """steps 批預訓練的文字：直接作答 (steps, direct, 13) 與逐步作答 (steps, step_by_step, 38)。"""
+    def texts(self, steps: int, direct: int, step_by_step: int) -> tuple[jax.Array, ...]:
+        """steps 批預訓練的文字：直接作答 (steps, direct, 13) 與逐步作答 (steps, step_by_step, 38)；沒有的就不給。"""
         kinds = []
         for rows, stepwise in ((direct, False), (step_by_step, True)):
-            texts = make_texts(self.rng.choice(self.train, steps * rows), stepwise)
-            kinds.append(distribute(texts.reshape(steps, rows, -1), None, "batch", None))
+            if rows:
+                texts = make_texts(self.rng.choice(self.train, steps * rows), stepwise)
+                kinds.append(distribute(texts.reshape(steps, rows, -1), None, "batch", None))
         return tuple(kinds)
 
-    def test_texts(self, direct: int, step_by_step: int) -> tuple[jax.Array, jax.Array]:
-        """同樣的文字，用測試題寫成：(direct, 13) 與 (step_by_step, 38)。"""
+    def test_texts(self, direct: int, step_by_step: int) -> tuple[jax.Array, ...]:
+        """同樣的文字，用測試題寫成：(direct, 13) 與 (step_by_step, 38)；沒有的就不給。"""
         parts = (self.test[:direct], False), (self.test[direct : direct + step_by_step], True)
-        return tuple(distribute(make_texts(problems, stepwise), "batch", None) for problems, stepwise in parts)
+        kinds = [make_texts(problems, stepwise) for problems, stepwise in parts if len(problems)]
+        return tuple(distribute(texts, "batch", None) for texts in kinds)
 
     def prompts(self, count: int) -> tuple[jax.Array, jax.Array]:
         """提示 (count, 8) 與正確的和 (count,)。"""

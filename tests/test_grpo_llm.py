@@ -301,7 +301,8 @@ def test_the_reference_stays_and_the_actor_moves(trained):
 def test_a_second_experiment_starts_from_the_saved_base(trained, tmp_path):
     base = tmp_path / "base.npz"
     extras.lesson_extras.save_weights(base, trained["1x1"].base)
-    config = small(beta=0.1, train_epochs=2, reward="last-digit", base=base)
+    changes = {name: value for name, value in SMALL.items() if not name.startswith("pretrain")}
+    config = llm.Config(**changes, mesh="1x1", beta=0.1, train_epochs=2, reward="last-digit", base=base)
     again = llm.train(config, progress=False)
     assert again.pretrain_losses == []
     assert again.curve == trained["1x1"].curve
@@ -325,9 +326,16 @@ def test_dynamic_sampling_keeps_the_groups_that_speak():
     assert list(extras.silent_groups(old, 3)) == [True, False, True]
 
 
-@pytest.mark.parametrize("changes", [{"algorithm": "ppo"}, {"algorithm": "supervised"}, {"dynamic_sampling": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "ppo", "reward": "last-digit", "loss_average": "dapo"},
+        {"algorithm": "supervised", "step_by_step_share": 0.0},
+        {"dynamic_sampling": True, "reward": "last-digit", "step_by_step_share": 1.0},
+    ],
+)
 def test_every_way_of_learning_changes_the_actor(changes):
-    config = small(reward="last-digit", updates=1, loss_average="dapo", **changes)
+    config = small(updates=1, **changes)
     result = llm.train(config, progress=False)
     base, actor = weights_of(result.base), weights_of(result.agent.actor)
     assert any((array != actor[name]).any() for name, array in base.items())
@@ -396,7 +404,10 @@ def test_experiments_refuse_what_they_decide_themselves():
         ({"compare": True, "train_epochs": 2}, "--train-epochs"),
         ({"compare": True, "measure": "cost"}, "一次只能做一樣"),
         ({"measure": "mesh", "mesh": "2x1"}, "--measure 配上 --mesh"),
-        ({"compare": True, "num_prompts": 4, "group_size": 2}, "除不盡"),  # G = 16 剩不到四題
+        ({"compare": True, "group_size": 4}, "--group-size"),
+        ({"base": llm.Path("base.npz"), "pretrain_steps": 5}, "--base 配上 --pretrain-steps"),
+        ({"algorithm": "supervised", "beta": 0.1}, "--algorithm supervised 配上 --beta"),
+        ({"compare": True, "num_prompts": 4}, "除不盡"),  # G = 16 剩不到四題
     ):
         with pytest.raises(ValueError, match=word):
             llm.Config(**changes)
@@ -414,7 +425,7 @@ def test_text_rows_are_shared_evenly():
 def test_the_ledger_counts_the_published_parameters():
     shape = extras.measurements.LLAMA3_8B
     assert extras.measurements.count_parameters(shape) == shape["parameters"] == 8_030_261_248
-    rows = extras.measurements.measure_ledger(llm.Config(), None)
+    rows = extras.measurements.measure_ledger(llm.Config(), None, None)
     assert [round(row["bytes"] / 1e9) for row in rows[:3]] == [64, 16, 64]
     assert rows[3]["bytes"] == 8 * 1024 * 131_072  # 一個詞元 128 KiB
 
