@@ -4,7 +4,7 @@
 
     python 3_Pendulum/pendulum.py                          訓練 PPO-Clip，評估 100 個回合，畫圖
     python 3_Pendulum/pendulum.py --algorithm reinforce    換成階梯上的另一階
-    python 3_Pendulum/pendulum.py --compare                六種演算法與筆記的設定，各跑十個隨機種子
+    python 3_Pendulum/pendulum.py --compare                九種演算法與筆記的設定，各跑十個隨機種子
     python 3_Pendulum/pendulum.py --watch 3_Pendulum/outputs/weights.npz    看訓練好的智慧體
 
 結果在 outputs/：learning_curve.png、clipped_objective.png、agent.gif、weights.npz、metrics.json。
@@ -41,19 +41,20 @@ MIN_SIGMA = 1e-3
 
 # 1. 超參數 -------------------------------------------------------------------------------------------
 
-# 階梯的一階有四個開關，每一階只比前一階多打開一個 (最後兩階是兩種鎖，並列)：
-#   critic  減掉評論家的 V(s)；關掉時，整個回合的總分是每一步的分數
-#   gae     用 λ 混合評論家的估計與實際獎勵；關掉時 λ = 1，實際獎勵一路加到截斷為止
-#   reuse   同一批資料學 train_epochs 遍；關掉時只學一遍
-#   lock    限制步伐的安全鎖："none"、"clip" 或 "kl"
-Rung = namedtuple("Rung", "critic gae reuse lock")
+# 階梯的一階有三個開關，每一階只比前一階多一個想法；bad_baseline 是岔路，最後兩階是兩種鎖，並列：
+#   score        每個動作的分數：整個回合的總分、只算之後的獎勵、減掉平均、減掉評論家的 V(s)、用 λ 混合 (GAE)
+#   reuse、lock  同一批資料學 train_epochs 遍，而不是一遍；限制步伐的安全鎖："none"、"clip" 或 "kl"
+Rung = namedtuple("Rung", "score reuse lock", defaults=(False, "none"))
 ALGORITHMS = {
-    "reinforce": Rung(critic=False, gae=False, reuse=False, lock="none"),
-    "reinforce_baseline": Rung(critic=True, gae=False, reuse=False, lock="none"),
-    "actor_critic": Rung(critic=True, gae=True, reuse=False, lock="none"),
-    "ppo_unclipped": Rung(critic=True, gae=True, reuse=True, lock="none"),
-    "ppo_clip": Rung(critic=True, gae=True, reuse=True, lock="clip"),
-    "ppo_kl": Rung(critic=True, gae=True, reuse=True, lock="kl"),
+    "reinforce": Rung("return"),
+    "reward_to_go": Rung("to_go"),
+    "bad_baseline": Rung("bad_mean"),
+    "mean_baseline": Rung("mean"),
+    "reinforce_baseline": Rung("value"),
+    "actor_critic": Rung("gae"),
+    "ppo_unclipped": Rung("gae", reuse=True),
+    "ppo_clip": Rung("gae", reuse=True, lock="clip"),
+    "ppo_kl": Rung("gae", reuse=True, lock="kl"),
 }
 
 
@@ -76,12 +77,12 @@ class Config:
     gae_lambda: Annotated[float, (0, 1)] = 0.95  # GAE 的 λ：0 全靠評論家，1 全靠實際回報
     clip_epsilon: Annotated[float, (0, 1)] = 0.2  # PPO-Clip 的 ε：比例的界線是 1 - ε 與 1 + ε
     beta: Annotated[float, (0, 1e6)] = 1.0  # PPO-KL 的 β：KL 散度懲罰的權重
-    normalize_advantages: bool = True  # 在每個小批次裡把優勢標準化 (有評論家時)
+    normalize_advantages: bool = True  # 在每個小批次裡把優勢標準化 (減了基線的演算法)
     normalize_observations: bool = True  # 把觀測縮放到 [-1, 1]
     reward_scale: Annotated[float, (1e-6, 1e6)] = 0.1  # 學習時獎勵乘上的倍率；回報的數字不受影響
     sigma_bias: Annotated[float, (-10, 10)] = 1.0  # sigma 輸出層的初始偏置：1 讓 σ 從 softplus(1) = 1.31 開始
     hidden_size: Annotated[int, (1, 4096)] = 64  # 隱藏層的寬度
-    compare: bool = False  # 六種演算法與筆記的設定，各跑十個隨機種子，畫在一起
+    compare: bool = False  # 九種演算法與筆記的設定，各跑十個隨機種子，畫在一起
     watch: Path | None = None  # 載入這個權重檔，看智慧體玩一個回合，不訓練
     out_dir: Path = Path(__file__).resolve().parent / "outputs"  # 結果放在哪裡
 
@@ -90,6 +91,8 @@ class Config:
         extras.check(self, ALGORITHMS)  # 幾個欄位合起來要滿足的事
 
     rung = property(lambda self: ALGORITHMS[self.algorithm])
+    critic = property(lambda self: self.rung.score in ("value", "gae"))  # 用不用評論家
+    standardizes = property(lambda self: self.normalize_advantages and self.rung.score in ("mean", "value", "gae"))
     rollout_size = property(lambda self: self.num_envs * self.num_steps)  # 一次收集的總步數
     epochs = property(lambda self: self.train_epochs if self.rung.reuse else 1)  # 同一批資料實際學幾遍
 
@@ -201,13 +204,17 @@ class RolloutBuffer(list):
         """每一步的優勢，以及評論家的正確答案 (returns = 優勢 + V)；形狀 (步, 環境, …)。"""
         steps = Transition(*map(np.stack, zip(*self, strict=True)))
         rewards = (steps.reward * config.reward_scale).astype(np.float32)
-        if config.rung.critic:
+        score, ends = config.rung.score, (steps.terminated, steps.truncated)
+        if config.critic:
             next_values = np.asarray(snapshot(Critic.__call__, critic)(steps.next_state))
-            gae_lambda = config.gae_lambda if config.rung.gae else 1.0
-            ends = steps.terminated, steps.truncated
+            gae_lambda = config.gae_lambda if score == "gae" else 1.0
             advantages = compute_gae(rewards, steps.value, next_values, *ends, config.gamma, gae_lambda)
-        else:
+        elif score == "return":
             advantages = episode_return(rewards, config.gamma)
+        else:  # 沒有評論家，V 是 0：只剩之後的獎勵，加到回合結束
+            zeros = np.zeros_like(rewards)
+            advantages = compute_gae(rewards, zeros, zeros, *ends, config.gamma, 1.0)
+            advantages -= {"mean": 1, "bad_mean": -1}.get(score, 0) * advantages.mean()
         old_policy = steps.log_prob, steps.mu, steps.sigma
         return Batch(steps.state, steps.action, *old_policy, advantages, advantages + steps.value)
 
@@ -230,10 +237,7 @@ class PolicyGradientAgent(nnx.Module):
     """演員、評論家，以及各自的最佳化器；階梯上的每一階都是它。筆記叫它 PPOAgent。"""
 
     def __init__(self, config: Config, seed: jax.Array):
-        self.rung = config.rung
-        self.standardize = config.normalize_advantages and self.rung.critic
-        self.clip_epsilon = config.clip_epsilon
-        self.beta = config.beta
+        self.config = config
         rngs = nnx.Rngs(jax.random.key(seed))
         self.actor = Actor(config, rngs)
         self.critic = Critic(config, rngs)
@@ -247,15 +251,15 @@ class PolicyGradientAgent(nnx.Module):
     def actor_objective(self, actor: Actor, batch: Batch) -> jax.Array:
         """演員要最大化的目標：每個樣本的比例乘優勢，加上演算法的鎖，取平均。"""
         advantage = batch.advantages
-        if self.standardize:
+        if self.config.standardizes:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         new_policy = actor(batch.states)
         ratio = jnp.exp(new_policy.log_prob(batch.actions) - batch.log_probs)
-        if self.rung.lock == "clip":
-            objective = clipped_objective(ratio, advantage, self.clip_epsilon)
-        elif self.rung.lock == "kl":
+        if self.config.rung.lock == "clip":
+            objective = clipped_objective(ratio, advantage, self.config.clip_epsilon)
+        elif self.config.rung.lock == "kl":
             old_policy = tfd.Normal(batch.old_mu, batch.old_sigma)
-            objective = penalized_objective(ratio, advantage, new_policy, old_policy, self.beta)
+            objective = penalized_objective(ratio, advantage, new_policy, old_policy, self.config.beta)
         else:  # ratio = 1 時，它的梯度就是 ∇ log π · 優勢 (4.2)
             objective = ratio * advantage
         return jnp.mean(objective)
@@ -263,7 +267,7 @@ class PolicyGradientAgent(nnx.Module):
     def train_step(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """用一個小批次更新評論家與演員各一次；回傳兩個損失。"""
         critic_loss = jnp.zeros(())
-        if self.rung.critic:
+        if self.config.critic:
             critic_loss, grads = nnx.value_and_grad(
                 lambda critic: jnp.mean((critic(batch.states) - batch.returns) ** 2)
             )(self.critic)
@@ -292,9 +296,8 @@ def learn(agent: PolicyGradientAgent, batch: Batch, minibatches: jax.Array):
         return agent, agent.train_step(jax.tree.map(lambda x: x[indices], batch))
 
     _, losses = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(agent, minibatches)
-    # 學完之後，比例在 [1 - ε, 1 + ε] 之外的樣本比率
     ratio = jnp.exp(agent.actor(batch.states).log_prob(batch.actions) - batch.log_probs)
-    return losses, jnp.mean(jnp.abs(ratio - 1) > agent.clip_epsilon)
+    return losses, jnp.mean(jnp.abs(ratio - 1) > agent.config.clip_epsilon)  # 學完之後，界線之外的樣本比率
 
 
 # 6. 訓練：收集、計算目標、學習、丟棄 -----------------------------------------------------------------
@@ -343,7 +346,6 @@ def train(config: Config, stop=None, progress: bool = True) -> Result:
             order = [rng.permutation(size)[:used] for _ in range(config.epochs)]  # 每一遍重新洗牌
             losses, outside = learn(agent, samples, np.concatenate(order).reshape(-1, config.minibatch_size))
             buffer.clear()
-
             if not np.isfinite(losses).all():
                 raise lesson.LessonError(f"第 {env_steps} 步的損失不是有限的數；把學習率調小再試", 1)
             outside_shares.append(float(outside))

@@ -14,13 +14,25 @@ from flax import nnx
 from pendulum_envs import EPISODE_STEPS, PendulumEnvs
 
 import lesson_extras
-from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif, show_difference, show_mean
+from lesson_extras import (
+    COLORS,
+    figure,
+    has_display,
+    interval,
+    load_weights,
+    markdown_table,
+    save_gif,
+    show_difference,
+    show_mean,
+)
 
 with warnings.catch_warnings(action="ignore"):  # 它匯入時用了 JAX 將要移除的東西，讀者管不著；腳本從這裡之後才匯入它
     import tensorflow_probability.substrates.jax  # noqa: F401
 
 MOST_GIGABYTES = 4  # 一次收集與學習最多用多少記憶體：一台筆電拿得出來的
 GRADIENT_ROLLOUTS = 10
+LAMBDAS = (0.0, 0.5, 0.9, 0.95, 0.98, 1.0)
+STARTS, COPIES = 16, 256  # 量 λ 的偏差：幾個起點、每個起點各走幾個回合
 # 筆記的設定，--compare 拿它和預設值比；其餘 (收集的長度、輸出頭的初始值) 不變。
 NOTES_SETTINGS = {
     "actor_learning_rate": 3e-4,
@@ -64,10 +76,10 @@ def check(config, algorithms) -> None:
     if not minibatch <= size <= config.total_steps:
         right = f"要在 --minibatch-size {minibatch} 以上，--total-steps {config.total_steps} 以下"
         raise ValueError(f"一次收集是 {size} 步 (num-envs × num-steps)；{right}")
-    if not config.rung.critic and config.num_steps % EPISODE_STEPS:
+    if not config.critic and config.num_steps % EPISODE_STEPS:
         right = f"{config.algorithm} 要看完整個回合才有分數，要是 {EPISODE_STEPS} 的倍數"
         raise ValueError(f"--num-steps 是 {config.num_steps}；{right}")
-    if minibatch == 1 and config.normalize_advantages and config.rung.critic:
+    if minibatch == 1 and config.normalize_advantages and config.standardizes:
         right = "一個樣本標準化之後永遠是 0，演員學不到東西；要 2 以上，或加上 --no-normalize-advantages"
         raise ValueError(f"--minibatch-size 是 1；{right}")
     # 粗估：收集的資料、樣本的順序、隱藏層、一個小批次的梯度、權重連同動差
@@ -206,21 +218,50 @@ def gradient_variances(config, agent, collect, buffer, algorithms, rollouts: int
     return {name: float(np.concatenate(g).var(axis=0, ddof=1).sum()) for name, g in gradients.items()}
 
 
+def lambda_errors(config, agent, collect, buffer) -> dict[str, list[float]]:
+    """同一個策略與評論家，LAMBDAS 的每個 λ：回合第一步的優勢估計值，偏差與標準差各多少，單位是回報。
+
+    每個起點走 COPIES 個回合。λ = 1 把實際的獎勵一路加到截斷，是對照：偏差是各個起點上，平均比它多多少 (方均根)。
+    """
+    seed = [config.seed, 2]
+    envs, rng = PendulumEnvs(STARTS * COPIES, seed), np.random.default_rng(seed)
+    envs.start(np.repeat(envs.random_starts()[:STARTS], COPIES, axis=0))
+    collect(agent, envs, buffer, EPISODE_STEPS, rng)
+    estimates = []
+    for gae_lambda in LAMBDAS:
+        settings = replace(config, algorithm="actor_critic", gae_lambda=gae_lambda)
+        first = buffer.calculate_advantages_and_returns(agent.critic, settings).advantages[0]
+        estimates.append(first.reshape(STARTS, COPIES) / config.reward_scale)
+    buffer.clear()
+    biases = [(estimate - estimates[-1]).mean(axis=1) for estimate in estimates]
+    return {
+        "lambda_biases": [float(np.sqrt(np.mean(bias**2))) for bias in biases],
+        "lambda_stds": [float(estimate.std(axis=1).mean()) for estimate in estimates],
+    }
+
+
 def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
     configs = variants(config, algorithms)
 
     @functools.cache
+    def practised(seed: int):
+        """量梯度與 λ 用的策略，一個隨機種子只練一次。"""
+        return train(replace(gradient_config(config), seed=seed), run.stop, progress=False)
+
+    @functools.cache
     def variances(seed: int) -> dict:
-        """一個隨機種子的梯度變異數，每一種演算法一個；只練一次。"""
-        practice = replace(gradient_config(config), seed=seed)
-        result = train(practice, run.stop, progress=False)
-        if result.interrupted:  # 沒練完的策略，什麼都不量
-            return {}
-        return gradient_variances(practice, result.agent, collect, buffer, algorithms, GRADIENT_ROLLOUTS)
+        """一個隨機種子的梯度變異數，每一種演算法一個。"""
+        practice, agent = replace(gradient_config(config), seed=seed), practised(seed).agent
+        return gradient_variances(practice, agent, collect, buffer, algorithms, GRADIENT_ROLLOUTS)
 
     def measure(variant) -> dict:
         name = next(name for name, config in configs.items() if replace(config, seed=variant.seed) == variant)
+        if practised(variant.seed).interrupted:  # 沒練完的策略，什麼都不量
+            return {}
         measured = {"gradient_variances": variances(variant.seed).get(name)}
+        if name == "actor_critic":
+            practice = replace(gradient_config(config), seed=variant.seed)
+            measured |= lambda_errors(practice, practised(variant.seed).agent, collect, buffer)
         if run.stop.is_set():
             return {}
         result = train(variant, run.stop, progress=False)
@@ -238,9 +279,10 @@ def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
     lesson_extras.compare(run, config, configs, measure, comparison_table, draw_comparison)
 
 
-def relative_variance(rows: dict, name: str) -> float:
-    """策略梯度估計值的變異數，以 reinforce 為 1。"""
-    return np.mean(rows[name]["gradient_variances"]) / np.mean(rows["reinforce"]["gradient_variances"])
+def relative_variances(rows: dict, name: str) -> np.ndarray:
+    """策略梯度估計值的變異數，同一個隨機種子的 reinforce 是 1；一個隨機種子一個數字。"""
+    variances = rows[name]["gradient_variances"]
+    return np.divide(variances, rows["reinforce"]["gradient_variances"][: len(variances)])
 
 
 def comparison_table(rows: dict) -> str:
@@ -252,7 +294,7 @@ def comparison_table(rows: dict) -> str:
         shared = min(len(means), len(reference))  # 中斷時每一列的種子不一樣多
         difference = show_difference(means[:shared], reference[:shared]) if shared and name != "ppo_clip" else "—"
         if row.get("gradient_variances"):
-            variance = f"{relative_variance(rows, name):.2g}"
+            variance = show_mean(relative_variances(rows, name), "{:.2g}")
         share = f"{100 * np.mean(row['outside_shares']):.1f} %"
         lines.append([f"`{name}`", show_mean(means), f"{min(means):.1f}", difference, variance, share])
     if untrained:  # 第一版的紀錄沒有這一列
@@ -265,30 +307,47 @@ def comparison_table(rows: dict) -> str:
         "梯度變異數 (reinforce = 1)",
         "學習後比例越界",
     )
-    return markdown_table(header, lines)
+    table = markdown_table(header, lines)
+    return table + ("\n" + lambda_table(rows["actor_critic"]) if rows.get("actor_critic") else "")
 
 
-def draw_curves(axes, label: str, curves: list, color: str) -> None:
+def lambda_table(row: dict) -> str:
+    """lambda_errors 的表格；最後一個 λ 是對照，它的偏差照定義是 0。"""
+    columns = zip(LAMBDAS, np.transpose(row["lambda_biases"]), np.transpose(row["lambda_stds"]), strict=True)
+    lines = [[f"{x:g}", show_mean(bias) if x < 1 else "0 (對照)", show_mean(std)] for x, bias, std in columns]
+    return markdown_table(("λ", "偏差 (方均根) [95 %]", "標準差 [95 %]"), lines)
+
+
+def draw_curves(axes, label: str, curves: list, color: str, linestyle: str = "-") -> None:
     """各個隨機種子的平均，加上最差到最好的色帶。"""
     steps, values = np.array(curves[0])[:, 0], np.array(curves)[:, :, 1]
-    axes.plot(steps, values.mean(axis=0), label=label, color=color)
+    axes.plot(steps, values.mean(axis=0), label=label, color=color, linestyle=linestyle)
     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)
     axes.set(xlabel="environment steps", ylabel="mean return of training episodes")
 
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
-    """comparison.png：學習曲線與梯度的變異數；notes_settings.png：筆記的設定與這裡的預設值。"""
+    """comparison.png：學習曲線與梯度的變異數；lambda.png：λ 的偏差與標準差；notes_settings.png：筆記的設定與預設值。"""
     seeds = len(rows["notes"]["curves"])  # 最後一列；它有幾個，別的至少有幾個
     algorithms = [name for name in rows if name != "notes"]
-    path, options = out_dir / "comparison.png", {"figsize": (12, 4.6), "width_ratios": [2, 1]}
+    path, options = out_dir / "comparison.png", {"figsize": (12, 5), "width_ratios": [3, 2]}
     with figure(path, 1, 2, **options) as (_, (left, right)):
         for i, name in enumerate(algorithms):
-            draw_curves(left, name, rows[name]["curves"], f"C{i}")
-            right.bar_label(right.barh(name, relative_variance(rows, name), color=f"C{i}"), fmt="%.2g", padding=3)
+            draw_curves(left, name, rows[name]["curves"], f"C{i}", "-" if i < len(COLORS) else "--")
+            variance = relative_variances(rows, name).mean()
+            right.bar_label(right.barh(name, variance, color=f"C{i}"), fmt="%.2g", padding=3)
         left.set_title(f"Pendulum-v1: mean and range over {seeds} seeds")
-        left.legend(loc="upper left", fontsize=9)
-        right.set(xscale="log", xlim=(1e-3, 5), xlabel="reinforce = 1", title="variance of the policy gradient")
+        left.legend(loc="upper left", fontsize=8, ncols=2)
+        right.set(xscale="log", xlim=(1e-3, 20), xlabel="reinforce = 1", title="variance of the policy gradient")
         right.invert_yaxis()
+    with figure(out_dir / "lambda.png", figsize=(6, 3.6)) as (_, axes):
+        for key, label in (("lambda_biases", "bias (RMS)"), ("lambda_stds", "standard deviation")):
+            values = np.array(rows["actor_critic"][key])
+            low, high = np.transpose([interval(column) for column in values.T])
+            axes.errorbar(LAMBDAS, values.mean(axis=0), yerr=(values.mean(axis=0) - low, high - values.mean(axis=0)),
+                          marker="o", capsize=3, label=label)  # fmt: skip
+        axes.set(xlabel="λ of GAE", ylabel="units of return", title="advantage of the first step: bias and spread")
+        axes.legend()
     with figure(out_dir / "notes_settings.png", figsize=(7, 4)) as (_, axes):
         draw_curves(axes, "defaults of this lesson", rows["ppo_clip"]["curves"], "C0")
         draw_curves(axes, "settings of the notes", rows["notes"]["curves"], "C1")

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import lesson_extras
-from lesson_extras import figure, markdown_table, save_weights  # noqa: F401
+from lesson_extras import figure, markdown_table, save_weights, show_difference, show_mean  # noqa: F401
 
 # 筆記的設定：一張圖片一個答案，學一遍，學習率固定；--compare 拿它和預設值比。
 NOTES_SETTINGS = {
@@ -136,6 +136,10 @@ def variants(config) -> dict:
         "image_16": replace(config, group="image", group_size=16),
         "ppo": replace(config, algorithm="ppo"),
         "supervised": replace(config, algorithm="supervised", **supervised),
+        # 一批只學一遍，所以輪數乘上 K：更新次數和 default 一樣
+        "supervised_equal": replace(
+            config, algorithm="supervised", **supervised | {"num_epochs": config.num_epochs * config.train_epochs}
+        ),
         **{f"batch_{size}": replace(config, batch_size=size, group_size=1) for size in BATCH_SIZES},
     }
 
@@ -173,9 +177,34 @@ def compare(run, config, train, data) -> None:
     lesson_extras.compare(run, config, methods, measure, comparison_table, draw_comparison)
 
 
+def std_weight(p, group_size: int) -> np.ndarray:
+    """除以標準差之後，答對機率 p 的圖片在期望的更新裡有多重，以 p = 0.5 為 1；不除是處處 1。
+
+    k 個答對的一群，優勢是 √((G-k)/k) 與 -√(k/(G-k))，期望的更新是 ∇p 乘上 E[√(k(G-k))] / (G p(1-p))。
+    """
+
+    from scipy.stats import binom  # 匯入要半秒，只有這裡用
+
+    def weight(p):
+        k = np.arange(group_size + 1)
+        counts = binom.pmf(k, group_size, np.asarray(p)[..., None])
+        return counts @ np.sqrt(k * (group_size - k)) / (group_size * p * (1 - p))
+
+    return weight(np.asarray(p)) / weight(np.array(0.5))
+
+
 def last(row: dict, column: str) -> np.ndarray:
     """每個隨機種子最後一輪的數字。"""
     return np.array(row[column])[:, -1]
+
+
+def against(row: dict, reference: dict) -> str:
+    """測試集的準確率，同一個隨機種子減掉 reference 的；中斷時兩列的種子不一樣多，只減都有的。"""
+    if row is reference:
+        return "—"
+    values, others = last(row, "test_accuracy"), last(reference, "test_accuracy")
+    shared = min(len(values), len(others))
+    return show_difference(values[:shared], others[:shared], "{:+.2f}")
 
 
 def comparison_table(rows: dict) -> str:
@@ -183,7 +212,9 @@ def comparison_table(rows: dict) -> str:
     methods, sizes, batches = [], [], []
     for name, row in rows.items():
         train_accuracy, test_accuracy = last(row, "train_accuracy"), last(row, "test_accuracy")
-        accuracies = [f"{train_accuracy.mean():.2f}", f"{test_accuracy.mean():.2f}", f"{test_accuracy.min():.2f}"]
+        reference = rows.get("batch_256" if name.startswith("batch_") else "default", row)  # 中斷時可能還沒有
+        accuracies = [show_mean(train_accuracy, "{:.2f}"), show_mean(test_accuracy, "{:.2f}")]
+        accuracies += [f"{test_accuracy.min():.2f}", against(row, reference)]
         seconds = f"{np.median(row['epoch_seconds']):.2f}"
         if name.startswith("batch_"):
             spreads = np.mean([spread[name] for spread in rows["notes"]["spreads"]], axis=0)
@@ -192,24 +223,27 @@ def comparison_table(rows: dict) -> str:
             continue
         shares = last(row, "residuals").mean(), last(row, "silent_shares").mean(), np.mean(row["outside_shares"])
         shares = [f"{100 * share:.1f} %" for share in shares]
-        if name == "supervised":  # 沒有優勢，也沒有比例
+        if name.startswith("supervised"):  # 沒有優勢，也沒有比例
             shares = ["—"] * 3
         methods.append([f"`{name}`", *accuracies, *shares, seconds])
         if name in ("default", "ppo", "supervised"):
             states = [row["memory_bytes"][0][key] for key in STATE_NAMES]
             sizes.append([f"`{name}`", *(f"{size:,}" for size in (*states, sum(states)))])
-    accuracy = ["訓練集，採樣 (%)", "測試集，貪婪 (%)", "測試集，最差的種子"]
+    accuracy = ["訓練集，採樣 (%) [95 %]", "測試集，貪婪 (%) [95 %]", "測試集，最差的種子"]
+    methods_header = ["做法", *accuracy, "測試集和 default 的差 [95 %]"]
+    methods_header += ["基線沒解釋的", "優勢是 0 的", "最後一遍越界的", "一輪的秒數"]
+    batches_header = [*accuracy, "測試集和 B = 256 的差 [95 %]"]
     return "\n".join(
         [
-            markdown_table(["做法", *accuracy, "基線沒解釋的", "優勢是 0 的", "最後一遍越界的", "一輪的秒數"], methods),
+            markdown_table(methods_header, methods),
             markdown_table(["訓練狀態 (位元組)", "參數", "梯度", "Adam 的動差", "合計"], sizes),
-            markdown_table(["批次 B", "基線的標準差", "公式", *accuracy, "一輪的秒數"], batches),
+            markdown_table(["批次 B", "基線的標準差", "公式", *batches_header, "一輪的秒數"], batches),
         ]
     )
 
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
-    """comparison.png：測試集的錯誤率，以及訓練狀態的大小。"""
+    """comparison.png：測試集的錯誤率，以及訓練狀態的大小；std_weights.png：除以標準差之後，難易不同的圖片各有多重。"""
     with figure(out_dir / "comparison.png", 1, 2, figsize=(12, 4.6), width_ratios=[2, 1]) as (_, (left, right)):
         for i, name in enumerate(("notes", "default", "image_4", "image_16", "ppo", "supervised")):
             errors = 100 - np.array(rows[name]["test_accuracy"])
@@ -227,6 +261,14 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
                 size = rows[name]["memory_bytes"][0][key] / 1e6
                 right.barh(i, size, left=left_edge, color=f"C{j}", label=label if i == 0 else None)
                 left_edge += size
-        right.set_yticks(range(3), labels=("supervised", "GRPO (default)", "PPO"))
+        right.set_yticks(range(3), labels=("supervised", "GRPO, batch mean", "PPO"))
         right.set(xlabel="megabytes", title="training state", ylim=(-0.5, 3.3))
         right.legend(loc="upper right")
+    p = np.linspace(0.005, 0.995, 199)
+    with figure(out_dir / "std_weights.png", figsize=(6.5, 3.8)) as (_, axes):
+        for i, size in enumerate((2, 4, 16)):
+            axes.plot(p, std_weight(p, size), color=f"C{i}", label=f"G = {size}")
+        axes.plot(p, 0.5 / np.sqrt(p * (1 - p)), color="0.5", linestyle="--", label="G → ∞: 1 / √(p(1 − p))")
+        axes.set(xlabel="p: probability of a right answer", ylabel="weight of the image (p = 0.5 is 1)", ylim=(0.8, 5))
+        axes.set_title("dividing by the group's standard deviation")
+        axes.legend(loc="upper center")

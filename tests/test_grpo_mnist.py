@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -501,11 +502,12 @@ def test_the_log_of_an_epoch_is_that_of_its_batches(data):
 
 def test_every_variant_of_the_comparison_is_what_its_name_says():
     rows = extras.variants(grpo.Config(compare=True))
-    assert {name for name, row in rows.items() if row.algorithm != "grpo"} == {"ppo", "supervised"}
+    others = {name for name, row in rows.items() if row.algorithm != "grpo"}
+    assert others == {"ppo", "supervised", "supervised_equal"}
     assert rows["default"] == grpo.Config()
     assert [rows[f"batch_{size}"].batch_size for size in extras.BATCH_SIZES] == [64, 256, 1024, 4096]
     rows = extras.variants(grpo.Config(compare=True, beta=0.1, clip_epsilon=0.1, group_size=2, batch_size=512))
-    assert {row.beta for name, row in rows.items() if name != "supervised"} == {0.1}
+    assert {row.beta for name, row in rows.items() if "supervised" not in name} == {0.1}
     assert (rows["supervised"].beta, rows["supervised"].clip_epsilon) == (0.0, 0.2)
     assert [rows[name].group_size for name in ("notes", "default", "image_4", "image_16", "ppo")] == [1, 2, 4, 16, 2]
 
@@ -567,7 +569,9 @@ def test_compare_leaves_figures_a_table_and_numbers(call, tmp_path, capsys):
     table = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert table == extras.comparison_table(rows)
     assert table in capsys.readouterr().out
-    assert f"| `default` | 90.00 | {92 + len(rows) / 2:.2f} |" in table
+    low, high = 92, 92 + len(rows)
+    assert f"| `default` | 90.00 [90.00, 90.00] | {(low + high) / 2:.2f} [{low:.2f}, {high:.2f}] |" in table
+    assert (tmp_path / "out" / "std_weights.png").stat().st_size > 0
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
 
 
@@ -620,6 +624,24 @@ def test_a_run_that_learnt_nothing_says_so(call, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+@pytest.mark.parametrize("group_size", [2, 4, 8])
+def test_dividing_by_the_standard_deviation_weights_the_images(group_size):
+    """把每一種答對答錯的組合都算過：Σ 優勢 × ∂log π 的期望值，和公式的比例一樣；G = 2 時處處相同。"""
+    rewards = np.array(list(itertools.product([0.0, 1.0], repeat=group_size))).T  # (G, 2^G)
+    advantages = np.asarray(grpo.relative_advantages(jnp.array(rewards), jnp.array(rewards).mean(0), "image"))
+
+    def update(p):
+        slope = np.where(rewards == 1, 1 / p, -1 / (1 - p))  # ∂ log π / ∂p
+        chance = np.where(rewards == 1, p, 1 - p).prod(axis=0)
+        return (chance * (advantages * slope).sum(axis=0)).sum()
+
+    p = np.array([0.01, 0.1, 0.5, 0.8])
+    expected = np.array([update(x) for x in p]) / update(0.5)
+    np.testing.assert_allclose(extras.std_weight(p, group_size), expected, rtol=1e-4)
+    if group_size == 2:
+        np.testing.assert_allclose(expected, 1, rtol=1e-4)
+
+
 def test_compare_changes_one_thing_at_a_time():
     variants = extras.variants(grpo.Config())
     default = variants["default"]
@@ -630,6 +652,11 @@ def test_compare_changes_one_thing_at_a_time():
     assert {key for key, value in vars(variants["batch_256"]).items() if value != getattr(default, key)} == {
         "group_size"
     }
+    equal = variants["supervised_equal"]
+    assert {key for key, value in vars(equal).items() if value != getattr(variants["supervised"], key)} == {
+        "num_epochs"
+    }
+    assert equal.num_epochs * equal.train_epochs == default.num_epochs * default.train_epochs
 
 
 @pytest.mark.parametrize(("beta", "advice"), [(1e6, "學習率或 β 調小"), (0.0, "學習率調小")])

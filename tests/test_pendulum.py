@@ -194,10 +194,32 @@ def test_clear_empties_the_buffer():
 
 
 def test_each_rung_of_the_staircase_turns_one_switch():
-    rungs = list(pendulum.ALGORITHMS.values())
-    switches = ("critic", "gae", "reuse", "lock")
-    for below, above in [*itertools.pairwise(rungs[:5]), (rungs[3], rungs[5])]:
-        assert sum(getattr(below, name) != getattr(above, name) for name in switches) == 1
+    stairs = [rung for name, rung in pendulum.ALGORITHMS.items() if name != "bad_baseline"]
+    for below, above in [*itertools.pairwise(stairs[:-1]), (stairs[-3], stairs[-1])]:
+        assert sum(a != b for a, b in zip(below, above, strict=True)) == 1
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_the_scores_without_a_critic_follow_their_definitions(seed):
+    """之後的獎勵照定義一項一項加；兩種基線是整批的平均，一個減、一個加。"""
+    rng, gamma = np.random.default_rng(seed), 0.9
+    rewards, buffer = rng.normal(size=(400, 2)), pendulum.RolloutBuffer()
+    for t in range(400):
+        zeros, no, end = np.zeros(2, np.float32), np.zeros(2, bool), np.full(2, t % 200 == 199)
+        buffer.add(pendulum.Transition(*[zeros] * 7, rewards[t], no, end))
+
+    def scores(algorithm):
+        config = small_config(algorithm, gamma=gamma, reward_scale=1.0)
+        return buffer.calculate_advantages_and_returns(None, config).advantages
+
+    steps = [0, 57, 199, 200, 399]
+    ends = [200 * (t // 200) + 200 for t in steps]
+    expected = [sum(gamma ** (k - t) * rewards[k] for k in range(t, end)) for t, end in zip(steps, ends, strict=True)]
+    to_go = scores("reward_to_go")
+    np.testing.assert_allclose(to_go[steps], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores("mean_baseline"), to_go - to_go.mean(), atol=1e-5)
+    np.testing.assert_allclose(scores("bad_baseline"), to_go + to_go.mean(), atol=1e-5)
 
 
 def flat(state):
@@ -235,11 +257,11 @@ def test_a_switch_decides_whether_its_hyper_parameter_matters(algorithm, change,
     assert np.array_equal(*actors) != matters
 
 
-def test_only_reinforce_has_no_critic():
-    for name, algorithm in pendulum.ALGORITHMS.items():
-        agent = after_two_steps(name)
-        learned = not np.array_equal(weights(agent.critic), weights(pendulum.make_agent(small_config()).critic))
-        assert learned == algorithm.critic == (name != "reinforce")
+@pytest.mark.parametrize("algorithm", pendulum.ALGORITHMS)
+def test_the_critic_learns_only_where_it_is_used(algorithm):
+    agent = after_two_steps(algorithm)
+    learned = not np.array_equal(weights(agent.critic), weights(pendulum.make_agent(small_config()).critic))
+    assert learned == (pendulum.ALGORITHMS[algorithm].score in ("value", "gae"))
 
 
 @pytest.mark.parametrize(("algorithm", "epochs"), [("actor_critic", 1), ("ppo_clip", 3)])
@@ -332,6 +354,30 @@ def test_gradient_variances_follow_the_definition():
     assert variances["reinforce"] > variances["reinforce_baseline"] > variances["actor_critic"] > 0
 
 
+def test_lambda_errors_follow_the_definition(monkeypatch):
+    """每個起點的平均，和 λ = 1 (實際的獎勵加到截斷，再補上最後的價值) 比；用同一批回合從定義算一次。"""
+    monkeypatch.setattr(extras, "STARTS", 2)
+    monkeypatch.setattr(extras, "COPIES", 3)
+    config = small_config(reward_scale=0.5, gamma=0.9)
+    agent, kept = pendulum.make_agent(config), []
+
+    def collect(*arguments):
+        pendulum.collect(*arguments)
+        kept.extend(arguments[2])
+
+    measured = extras.lambda_errors(config, agent, collect, pendulum.RolloutBuffer())
+    rewards = np.stack([step.reward for step in kept]) * 0.5
+    np.testing.assert_array_equal(kept[0].state[:3], kept[0].state[[0, 0, 0]])
+    value, last = kept[0].value, np.asarray(agent.critic(kept[-1].next_state))
+    full = (0.9 ** np.arange(200) @ rewards + 0.9**200 * last - value) / 0.5
+    one_step = (rewards[0] + 0.9 * kept[1].value - value) / 0.5
+    bias = (one_step - full).reshape(2, 3).mean(axis=1)
+    assert measured["lambda_biases"][0] == pytest.approx(np.sqrt(np.mean(bias**2)), rel=1e-3)
+    assert measured["lambda_biases"][-1] == 0
+    assert measured["lambda_stds"][0] == pytest.approx(one_step.reshape(2, 3).std(axis=1).mean(), rel=1e-3)
+    assert measured["lambda_stds"][-1] == pytest.approx(full.reshape(2, 3).std(axis=1).mean(), rel=1e-3)
+
+
 @pytest.fixture
 def compared(monkeypatch, tmp_path):
     """在這個行程裡跑 --compare，訓練換成現成的結果；回傳 (結束狀態, 每一次訓練的設定)。"""
@@ -341,6 +387,7 @@ def compared(monkeypatch, tmp_path):
     monkeypatch.setattr(lesson_extras, "SEEDS", range(1000, 1002))
     monkeypatch.setattr(pendulum, "evaluate", lambda agent: np.array([-100.0, -300.0]))
     monkeypatch.setattr(extras, "GRADIENT_ROLLOUTS", 2)
+    monkeypatch.setattr(extras, "COPIES", 2)
     run_now = lesson.Run("test", pendulum.__file__)
     monkeypatch.setattr(pendulum, "RUN", run_now)
 
@@ -375,20 +422,20 @@ def test_compare_leaves_figures_a_table_and_numbers(compared, tmp_path, capsys):
     table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert table == extras.comparison_table(rows)
     assert table in capsys.readouterr().out
-    for name in ("comparison.png", "notes_settings.png"):
+    for name in ("comparison.png", "lambda.png", "notes_settings.png"):
         assert (tmp_path / name).stat().st_size > 0
-    assert len(trained) == 2 * 8  # 每個種子練一次量變異數用的策略，其餘每種設定一次
-    assert [config.seed for config in trained] == [1000] * 8 + [1001] * 8
-    practice, *variants = trained[:8]
+    each = len(pendulum.ALGORITHMS) + 2  # 每個種子練一次量變異數用的策略，其餘每種設定一次
+    assert [config.seed for config in trained] == [1000] * each + [1001] * each
+    practice, *variants = trained[:each]
     assert (practice.total_steps, practice.num_steps) == (400, 200)
     assert [config.algorithm for config in variants] == [*pendulum.ALGORITHMS, "ppo_clip"]
     for name, value in extras.NOTES_SETTINGS.items():
         assert getattr(variants[-1], name) == value
 
 
-@pytest.mark.parametrize(("press_at", "rows"), [(3, ["reinforce", "reinforce_baseline"]), (8, None)])
+@pytest.mark.parametrize(("press_at", "rows"), [(3, ["reinforce", "reward_to_go"]), (11, None)])
 def test_an_interrupted_comparison_keeps_what_is_done(compared, press_at, rows, tmp_path, capsys):
-    """第 8 次是第二個種子量變異數用的策略：只練到一半的，一個數字都不能進表裡。"""
+    """第 11 次是第二個種子量變異數用的策略：只練到一半的，一個數字都不能進表裡。"""
     status, trained = compared(press_at)
     assert (status, len(trained)) == (130, press_at + 1)
     recorded = metrics(tmp_path)["comparison"]
@@ -417,7 +464,7 @@ def test_what_compare_derives_is_checked_before_any_work():
     assert refusal(compare=True, total_steps=4 * 3200 - 1).startswith("--compare 的 梯度變異數")
     pendulum.Config(compare=True, total_steps=4 * 3200)
     assert refusal(compare=True, num_steps=100).startswith("--compare 的 reinforce：")
-    assert refusal(compare=True, minibatch_size=1).startswith("--compare 的 reinforce_baseline：")
+    assert refusal(compare=True, minibatch_size=1).startswith("--compare 的 mean_baseline：")
     for changes in ({"algorithm": "ppo_kl"}, {"watch": "weights.npz"}):
         assert f"--{next(iter(changes))}" in refusal(compare=True, **changes)
 
