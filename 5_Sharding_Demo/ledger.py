@@ -2,7 +2,7 @@
 
 import functools
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,11 @@ from lesson_extras import figure, markdown_table
 TOKENS = 2048  # 一個序列的長度；批次等於晶片數
 CHIPS = {"TPU v5e": 16, "TPU v6e": 32, "H100": 80, "TPU v5p": 95}  # HBM，GB
 MAX_FAKE_DEVICES = 512
+# 同一步、同一顆晶片，換一件事再編譯一次：暫存那一欄有多少是 CPU 編譯器自己的
+CHECKS = {
+    ("1x1", "single, float32"): {"dtype": "float32"},
+    ("1x1", "single, no gradients returned"): {"return_gradients": False},
+}
 OWN_FLAGS = {"strategies", "rules", "ledger", "ledger_meshes", "seed", "out_dir"}  # 其餘的是訓練用的
 
 
@@ -48,12 +53,17 @@ def memory(compiled) -> dict[str, int]:
 def run(run: lesson.Run, config, books: dict[str, dict], measure) -> None:
     """--ledger：每一列是 measure(llama, mesh, rules) → 位元組，或除不盡的軸。被中斷時，做完幾列算幾列。"""
     start, llama = time.perf_counter(), LLAMAS[config.ledger]
-    places = [("1x1", "single")]
-    places += [(mesh, name) for mesh in dict.fromkeys(config.ledger_meshes) for name in books if name != "single"]
-    measured = side_by_side([functools.partial(measure, llama, mesh, books[name]) for mesh, name in places], run.stop)
+    others = [(mesh, name) for mesh in dict.fromkeys(config.ledger_meshes) for name in books if name != "single"]
+    places = [("1x1", "single"), *CHECKS, *others]
+    jobs = []
+    for mesh, name in places:
+        what = CHECKS.get((mesh, name), {})
+        shape = replace(llama, dtype=what.get("dtype", llama.dtype))
+        rules = books["single" if what else name]
+        jobs.append(functools.partial(measure, shape, mesh, rules, what.get("return_gradients", True)))
     rows = [
         {"model": config.ledger, "mesh": mesh, "strategy": name, **row}
-        for (mesh, name), row in zip(places, measured, strict=True)
+        for (mesh, name), row in zip(places, side_by_side(jobs, run.stop), strict=True)
         if row is not None
     ]
     run.require_learnt(rows)
@@ -78,14 +88,13 @@ def ledger_table(rows: list[dict]) -> str:
     for row in rows:
         if "indivisible" in row:
             axis, parts = row["indivisible"]
-            cells = [f"`{axis}` 切不成 {parts} 份", *[""] * 5]
+            cells = [f"`{axis}` 切不成 {parts} 份", *[""] * 4]
         else:
             lasting = row["state"] + row["gradients"]
             cells = [f"{size / 1e9:.2f}" for size in (row["state"], row["gradients"], lasting)]
             cells += [fitting_chips(lasting), f"{row['temporary'] / 1e9:.2f}"]
-            cells.append(fitting_chips(lasting + row["temporary"]))
         lines.append([row["mesh"], f"`{row['strategy']}`", *cells])
-    header = ("Mesh", "策略", "權重 + 動差", "梯度", "合計", "放得下的晶片 (GB)", "編譯器的暫存", "連暫存也放得下")
+    header = ("Mesh", "策略", "權重 + 動差", "交出來的梯度", "合計", "放得下的晶片 (GB)", "CPU 編譯器的暫存")
     parameters = count_parameters(LLAMAS[rows[0]["model"]])
     gb = parameters * 2 / 1e9
     return (

@@ -67,7 +67,7 @@ class Config:
     rules: str = ""  # 自己的規則手冊，例如 batch=data,mlp=model；兩個軸合起來寫 data+model。多跑一種叫 custom 的策略
     mesh: str = "4x2"  # Mesh 的形狀：data 軸 x model 軸
     ledger: Literal["none", *LLAMAS] = "none"  # 不訓練，改算這個模型的記憶體帳
-    ledger_meshes: tuple[str, ...] = ("1x8", "4x2", "8x8")  # 記憶體帳要算哪些 Mesh；1x1 的 single 一定會算
+    ledger_meshes: tuple[str, ...] = ("8x1", "1x8", "4x2", "8x8")  # 記憶體帳要算哪些 Mesh；1x1 的 single 一定會算
     coordinator: str = ""  # 多台主機：第 0 個行程的 HOST:PORT；auto 表示由 TPU 或 Slurm 的環境決定
     num_processes: Annotated[int, (1, 10_000)] = 1  # 多台主機：總共幾個行程
     process_id: Annotated[int, (0, 9_999)] = 0  # 多台主機：這是第幾個行程，從 0 開始
@@ -222,8 +222,8 @@ def plan(llama: Llama, learning_rate: float, mesh: Mesh, rules: dict, batch_size
     return Program(mesh, rules, graphdef, state, tokens)
 
 
-def compile_step(program: Program, execute: bool = True):
-    """一個訓練步驟：正向、反向、Adam。順便把梯度交出來，好量它有多大。"""
+def compile_step(program: Program, execute: bool = True, return_gradients: bool = True):
+    """一個訓練步驟：正向、反向、Adam。順便把梯度交出來，好量它有多大；平常的訓練不必。"""
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
 
     def train_step(state, inputs, targets):
@@ -231,7 +231,7 @@ def compile_step(program: Program, execute: bool = True):
         loss, gradients = nnx.value_and_grad(cross_entropy)(model, inputs, targets)
         gradients = jax.lax.with_sharding_constraint(gradients, nnx.get_partition_spec(gradients))  # 切法同權重
         optimizer.update(model, gradients)
-        return nnx.state((model, optimizer)), loss, gradients
+        return nnx.state((model, optimizer)), loss, gradients if return_gradients else None
 
     step = jax.jit(train_step, out_shardings=(shardings, None, None), donate_argnums=0)
     highest = jax.default_matmul_precision("highest")  # GPU 與 TPU 也用完整的 float32 相乘
@@ -353,14 +353,14 @@ def evaluate(step, state: nnx.State, text: np.ndarray, program: Program, config:
 # 8. 主程式 -------------------------------------------------------------------------------------------
 
 
-def ledger_row(llama: Llama, mesh: str, rules: dict) -> dict:
+def ledger_row(llama: Llama, mesh: str, rules: dict, return_gradients: bool = True) -> dict:
     """記憶體帳的一列：編譯一整個訓練步驟，陣列全是抽象的；除不盡就寫明是哪一個軸、切幾份。"""
     shape = parse_mesh(mesh)
     batch_size = math.prod(shape.values())
     if problem := indivisible(rules, axis_sizes(llama, batch_size, ledger.TOKENS), shape):
         return {"indivisible": problem}
     program = plan(llama, Config.learning_rate, make_mesh(shape), rules, batch_size, ledger.TOKENS)
-    return ledger.memory(compile_step(program, execute=False))
+    return ledger.memory(compile_step(program, execute=False, return_gradients=return_gradients))
 
 
 def main() -> None:

@@ -199,11 +199,15 @@ def draw_bytes_and_collectives(rows: dict[str, dict], out_dir: Path) -> None:
                 right.barh(names, sizes, left=start, color=f"C{i}", label=operation)
             start += sizes
         counts = [sum(c["count"] for c in rows[name]["collectives"]) for name in names]
-        for y, (end, count) in enumerate(zip(start, counts, strict=True)):
-            right.annotate(f" {count} call{'' if count == 1 else 's'}", (end, y), va="center", fontsize=9)
+        for y, (name, end, count) in enumerate(zip(names, start, counts, strict=True)):
+            text = f" {count} call{'' if count == 1 else 's'}"
+            for c in rows[name]["collectives"]:  # 太短，畫出來看不到的，寫出來
+                if c["bytes"] / 1e6 < start.max() / 100:
+                    text += f"\n incl. {c['count']} {c['operation']}: {c['bytes'] / 1e6:.2f} MB"
+            right.annotate(text, (end, y), va="center", fontsize=8)
         left.set(xlabel="MB on one device", title="What one device holds")
         right.set(xlabel="MB per device and step", title="What the compiler added: collectives")
-        right.set_xlim(0, 1.2 * max(start.max(), 0.1))
+        right.set_xlim(0, 1.25 * max(start.max(), 0.1))
         left.invert_yaxis()
         left.legend(fontsize=9)
         if any(counts):  # 只有 single 時沒有通訊

@@ -254,6 +254,12 @@ COMPARISONS = {
         "comparison": ("", "strategies", "comparison_table"),
         "ledger": ("--ledger llama3-8b", "ledger", "ledger_table"),
         "ledger_70b": ("--ledger llama3-70b", "ledger", "ledger_table"),
+        "ledger_70b_kv": (
+            "--ledger llama3-70b --ledger-meshes 8x8 --strategies single "
+            "--rules vocab=data+model,heads=data+model,mlp=data+model",
+            "ledger",
+            "ledger_table",
+        ),
     },
 }
 # 換了題目的旗標：分數不能和原來的題目比。

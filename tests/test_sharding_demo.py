@@ -394,6 +394,9 @@ def test_the_compiler_agrees_with_the_arithmetic_of_the_ledger(strategy, share, 
     tokens = 2 * 8 * 8 * 4 // (8 if strategy == "data" else 4)
     assert 0 <= row["state"] - (3 * split + tokens) <= 16
     assert 0 <= row["gradients"] - split <= 1000  # 損失，以及輸出的指標表
+    kept = demo.ledger_row(llama, "4x2", demo.rule_books(demo.Config())[strategy], return_gradients=False)
+    assert kept["state"] == row["state"]
+    assert 0 <= kept["gradients"] <= 1000  # 不交出來，梯度就只在暫存裡
 
 
 def test_chips_fit_what_they_hold():
@@ -402,7 +405,7 @@ def test_chips_fit_what_they_hold():
     assert ledger_file.fitting_chips(10**12) == "都不行"
 
 
-@pytest.mark.parametrize("name", ["ledger", "ledger_70b"])
+@pytest.mark.parametrize("name", ["ledger", "ledger_70b", "ledger_70b_kv"])
 def test_ledger_block_equals_the_recorded_run(name):
     record = json.loads((README.parent / "figures" / f"{name}.json").read_text(encoding="utf-8"))
     assert record["defaults"] == defaults("5_Sharding_Demo")
