@@ -81,6 +81,7 @@ WRONG = {
         "--alpha 0",
         "--alpha-decay 2",
         "--episodes 1000000000000",
+        "--compare --seed 7",
         "--compare --initial-q -200",
     ],
     "2_Cart_Pole_DQN": [
@@ -108,6 +109,7 @@ WRONG = {
         "--batch-size 1000000 --hidden-size 10000",
         "--no-replay --train-every 9000000 --updates-per-train 1 --buffer-size 10000000 --learning-starts 9000000 "
         "--total-steps 10000000 --hidden-size 1000",
+        "--compare --seed 7",
         "--compare --no-replay",
         "--compare --no-target-network",
         "--compare --double",
@@ -134,6 +136,7 @@ WRONG = {
         "--total-steps 1000000000 --minibatch-size 2 --train-epochs 1000",
         "--num-envs 10000 --num-steps 10000 --total-steps 1000000000",
         "--algorithm reinforce --num-steps 128",
+        "--compare --seed 7",
         "--compare --num-steps 128",
         "--compare --num-steps 400 --minibatch-size 4000",
         "--compare --num-envs 1 --num-steps 200 --minibatch-size 201",
@@ -156,6 +159,7 @@ WRONG = {
         "--group image --baseline moving-average",
         "--algorithm ppo --group image",
         "--algorithm ppo --baseline moving-average",
+        "--compare --seed 7",
         "--compare --baseline moving-average",
         "--train-epochs 0",
         "--learning-rate nan",
