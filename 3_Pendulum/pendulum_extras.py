@@ -337,7 +337,7 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
             variance = relative_variances(rows, name).mean()
             right.bar_label(right.barh(name, variance, color=f"C{i}"), fmt="%.2g", padding=3)
         left.set_title(f"Pendulum-v1: mean and range over {seeds} seeds")
-        left.legend(loc="upper left", fontsize=8, ncols=2)
+        left.legend(loc="upper right", bbox_to_anchor=(1, 0.82), fontsize=8, ncols=3)
         right.set(xscale="log", xlim=(1e-3, 20), xlabel="reinforce = 1", title="variance of the policy gradient")
         right.invert_yaxis()
     with figure(out_dir / "lambda.png", figsize=(6, 3.6)) as (_, axes):
