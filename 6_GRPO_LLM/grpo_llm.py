@@ -58,7 +58,7 @@ class Config:
     mlp_dim: Annotated[int, (1, 16_384)] = 384  # MLP 中間的寬度 (mlp 軸)
     num_heads: Annotated[int, (1, 64)] = 4  # 注意力頭的個數 (heads 軸)
     base: Path | None = None  # 從這個 base.npz 開始，不預訓練
-    pretrain_steps: Annotated[int, (1, 10**6)] = 800  # 預訓練幾步
+    pretrain_steps: Annotated[int, (1, 10**6)] = 1_000  # 預訓練幾步
     pretrain_batch_size: Annotated[int, (1, 4096)] = 64  # 預訓練一步用幾段文字
     step_by_step_share: Annotated[float, (0, 1)] = 0.375  # 預訓練的文字裡，逐步作答佔幾分之幾
     pretrain_learning_rate: Annotated[float, (1e-8, 1)] = 3e-3  # 預訓練的學習率：暖身，再照餘弦降到 0

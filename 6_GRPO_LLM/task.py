@@ -1,7 +1,9 @@
 """第 6 課的題目：三位數加三位數。題目怎麼寫、答案怎麼寫、怎麼判對錯，都只是規則，不用學。
 
 347+286=633.                                直接作答
-347+286=7+6=13,4+8+1=13,3+2+1=6,633.        逐步作答：從個位寫起，帶著進位；兩種都對
+347+286=7+6=13,4+8+1=13,3+2+1=6,633.        逐步作答：從個位寫起，帶著進位；兩種都算對
+
+預訓練的文字裡，逐步作答都是對的；直接作答的人只估個大概，很少剛好。
 """
 
 import jax
@@ -16,6 +18,7 @@ PROMPT_LENGTH = len("347+286=")
 ANSWER_LENGTH = len("9+9=18,9+9+1=19,9+9+1=19,1998.")  # 最長的正確答案
 SUM_LENGTH = len("1998.")  # 最長的直接答案
 NUMBERS = 1_000  # 0 到 999
+GUESS_ERROR = 50  # 預訓練的文字裡，直接作答離正確的和最多差多少
 TEST_PROMPTS = 512  # 固定的題目，預訓練與 GRPO 都不用；其餘的都拿來學
 
 LOOKUP = np.full(128, PAD, np.int32)
@@ -37,15 +40,15 @@ def prompt_text(a: int, b: int) -> str:
     return f"{a:03d}+{b:03d}="
 
 
-def answer_text(a: int, b: int, step_by_step: bool) -> str:
-    """正確的答案，句點結尾。"""
+def answer_text(a: int, b: int, step_by_step: bool, error: int = 0) -> str:
+    """答案，句點結尾；error 不是 0 就差那麼多 (0 到 1998 之內)。"""
     steps, carry = "", 0
     for place in (1, 10, 100) if step_by_step else ():
         x, y = a // place % 10, b // place % 10
         total = x + y + carry
         steps += f"{x}+{y}{'+1' if carry else ''}={total},"
         carry = total // 10
-    return f"{steps}{a + b}."
+    return f"{steps}{min(max(a + b + error, 0), 2 * NUMBERS - 2)}."
 
 
 SUMS = encode([f"{total}." for total in range(2 * NUMBERS - 1)], SUM_LENGTH)  # 第 n 列是 n 寫成的詞元
@@ -64,10 +67,13 @@ def make_prompts(problems: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return encode([prompt_text(a, b) for a, b in pairs], PROMPT_LENGTH), sums
 
 
-def make_texts(problems: np.ndarray, step_by_step: bool) -> np.ndarray:
-    """題目 (N,) → 提示與正確答案的詞元；直接作答短得多，不必補到一樣長。"""
-    pairs = [divmod(problem, NUMBERS) for problem in problems.tolist()]
-    texts = [prompt_text(a, b) + answer_text(a, b, step_by_step) for a, b in pairs]
+def make_texts(problems: np.ndarray, step_by_step: bool, rng: np.random.Generator) -> np.ndarray:
+    """題目 (N,) → 提示與答案的詞元；逐步作答是對的，直接作答是估的。直接作答短得多，不必補到一樣長。"""
+    errors = rng.integers(-GUESS_ERROR, GUESS_ERROR, len(problems), endpoint=True) * (not step_by_step)
+    rows = [
+        (*divmod(problem, NUMBERS), error) for problem, error in zip(problems.tolist(), errors.tolist(), strict=True)
+    ]
+    texts = [prompt_text(a, b) + answer_text(a, b, step_by_step, error) for a, b, error in rows]
     return encode(texts, PROMPT_LENGTH + (ANSWER_LENGTH if step_by_step else SUM_LENGTH))
 
 
@@ -105,14 +111,14 @@ class Problems:
         kinds = []
         for rows, stepwise in ((direct, False), (step_by_step, True)):
             if rows:
-                texts = make_texts(self.rng.choice(self.train, steps * rows), stepwise)
+                texts = make_texts(self.rng.choice(self.train, steps * rows), stepwise, self.rng)
                 kinds.append(distribute(texts.reshape(steps, rows, -1), None, "batch", None))
         return tuple(kinds)
 
     def test_texts(self, direct: int, step_by_step: int) -> tuple[jax.Array, ...]:
         """同樣的文字，用測試題寫成：(direct, 13) 與 (step_by_step, 38)；沒有的就不給。"""
         parts = (self.test[:direct], False), (self.test[direct : direct + step_by_step], True)
-        kinds = [make_texts(problems, stepwise) for problems, stepwise in parts if len(problems)]
+        kinds = [make_texts(problems, stepwise, self.rng) for problems, stepwise in parts if len(problems)]
         return tuple(distribute(texts, "batch", None) for texts in kinds)
 
     def prompts(self, count: int) -> tuple[jax.Array, jax.Array]:

@@ -75,13 +75,22 @@ def test_every_carry_is_written():
     assert task.answer_text(347, 286, True) == "7+6=13,4+8+1=13,3+2+1=6,633."
 
 
-@given(numbers, numbers, st.booleans())
-def test_tokens_can_be_read_back(a, b, stepwise):
-    text = task.prompt_text(a, b) + task.answer_text(a, b, stepwise)
-    (row,) = task.make_texts(np.array([a * 1000 + b]), stepwise)
-    assert task.decode(row) == text
+@given(numbers, numbers, st.booleans(), st.integers(0, 99))
+def test_tokens_can_be_read_back(a, b, stepwise, seed):
+    """逐步作答的文字都是對的；直接作答的是一個差不到 50 的數。"""
+    (row,) = task.make_texts(np.array([a * 1000 + b]), stepwise, np.random.default_rng(seed))
+    prompt, answer = task.decode(row)[: task.PROMPT_LENGTH], task.decode(row)[task.PROMPT_LENGTH :]
+    assert prompt == task.prompt_text(a, b)
+    assert answer == task.answer_text(a, b, True) if stepwise else abs(int(answer.rstrip(".")) - (a + b)) <= 50
     (prompt,), (total,) = task.make_prompts(np.array([a * 1000 + b]))
-    assert (task.decode(prompt), total) == (text[: task.PROMPT_LENGTH], a + b)
+    assert (task.decode(prompt), total) == (task.prompt_text(a, b), a + b)
+
+
+def test_direct_answers_are_seldom_right():
+    problems = np.random.default_rng(0).integers(0, 10**6, 20_000)
+    texts = task.make_texts(problems, False, np.random.default_rng(1))
+    right = [int(task.decode(row)[8:-1]) == sum(divmod(n, 1000)) for row, n in zip(texts, problems, strict=True)]
+    assert np.mean(right) == pytest.approx(1 / 101, abs=0.003)
 
 
 @given(numbers, numbers, st.lists(st.sampled_from("0123456789+=,."), max_size=task.ANSWER_LENGTH), st.integers(0, 3))
@@ -439,3 +448,29 @@ def test_sampling_without_the_cache_writes_the_same_tokens():
         cached = nnx.jit(lambda actor: llm.sample(actor, prompts, key, 2)[0])(actor)
         plain = nnx.jit(lambda actor: extras.measurements.sample_without_cache(actor, prompts, key, 2))(actor)
     np.testing.assert_array_equal(cached, plain)
+
+
+def test_the_comparison_shows_what_was_recorded(tmp_path):
+    """三個假的種子；一種做法和 default 一樣，一種差十個百分點；沒有跑的做法不畫。"""
+
+    def rows(shift: float) -> dict:
+        summary = dict.fromkeys(("greedy", "length", "step_by_step", "language_model_loss", "unfinished"), 1.0)
+        summary["pass_at_k"] = dict.fromkeys(extras.PASS_KS, 50.0)
+        curve = {name: [0.25, 0.5] for name in ("reward", "length", "step_by_step", "silent", "outside", "tokens")}
+        seconds = {"pretrain": 1.0, "sample": 2.0, "learn": 3.0}
+        columns = {}
+        for seed in range(3):
+            trained = summary | {"sampled": 80.0 + seed - shift}
+            row = extras.columns(summary | {"sampled": 30.0}, trained, curve, seconds, {"parameters": 2_000_000})
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+        return columns
+
+    recorded = {"default": rows(0), "K_4": rows(0), "last_digit": rows(10)}
+    table = extras.comparison_table(recorded)
+    same, worse = (next(line for line in table.splitlines() if f"`{name}`" in line) for name in ("K_4", "last_digit"))
+    assert "| +0.0 [+0.0, +0.0]，看不出差別 |" in same
+    assert "| -10.0 [-10.0, -10.0]，較差 |" in worse
+    assert worse.startswith("| `last_digit` | 71.0 [70.0, 72.0] | 70.0 |")
+    extras.draw_comparison(recorded, tmp_path)
+    assert (tmp_path / "comparison.png").stat().st_size > 0
