@@ -21,6 +21,7 @@ RUN = lesson.Run(__name__, __file__)  # 從這裡開始計時，Ctrl-C 也從這
 import functools
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -64,10 +65,10 @@ class Config:
     pretrain_learning_rate: Annotated[float, (1e-8, 1)] = 3e-3  # 預訓練的學習率：暖身，再照餘弦降到 0
     num_prompts: Annotated[int, (1, 4096)] = 32  # 一批有幾個不同的提示
     group_size: Annotated[int, (1, 1024)] = 8  # 每個提示採樣幾個答案 (G)
-    updates: Annotated[int, (1, 10**6)] = 28  # 收集與學習幾個階段
+    updates: Annotated[int, (1, 10**6)] = 36  # 收集與學習幾個階段
     train_epochs: Annotated[int, (1, 1000)] = 1  # 同一批答案學幾遍 (K)
-    learning_rate: Annotated[float, (1e-8, 1)] = 5e-4  # Adam 的學習率
-    anneal_learning_rate: bool = True  # 學習率照餘弦降到 0
+    learning_rate: Annotated[float, (1e-8, 1)] = 3e-4  # Adam 的學習率
+    anneal_learning_rate: bool = False  # 學習率照餘弦降到 0
     critic_learning_rate: Annotated[float, (1e-8, 1)] = 1e-3  # ppo 的評論家用的學習率
     gae_lambda: Annotated[float, (0, 1)] = 1.0  # ppo 的 GAE 的 λ；γ 固定是 1
     clip_epsilon: Annotated[float, (0, 1)] = 0.2  # 比例裁剪的 ε：界線是 1 - ε 與 1 + ε
@@ -267,7 +268,7 @@ class Result:
     base: Transformer  # 基礎模型
     agent: GRPOAgent
     pretrain_losses: list[float]  # 每一步
-    curve: dict[str, list[float]] = field(default_factory=dict)  # 每個階段一個數字
+    curve: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # 每個階段一個數字
     seconds: dict[str, float] = field(default_factory=dict)  # 預訓練、收集、學習
     updates: int = 0
     interrupted: bool = False  # 被 Ctrl-C 提早結束
@@ -337,7 +338,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
                 log = one_update(agent, problems, config, key, seconds)
                 check_finite(np.array([log["loss"]]), result.updates, "GRPO ")
                 for name, value in log.items():
-                    result.curve.setdefault(name, []).append(value)
+                    result.curve[name].append(value)
                 result.updates += 1
                 bar.set_postfix_str(f"平均獎勵 {log['reward']:.3f}，長度 {log['length']:.1f}")
                 bar.update()
@@ -381,8 +382,9 @@ def main() -> None:
     if config.compare:
         return extras.compare(RUN, config, train, evaluate)
     result = train(config, RUN.stop)
-    RUN.require_learnt(result.updates)
-    base, trained = evaluate(result.base, config), evaluate(result.agent.actor, config)
+    RUN.require_learnt(result.pretrain_losses or result.updates)
+    base = evaluate(result.base, config)
+    trained = evaluate(result.agent.actor, config) if result.updates else base  # 預訓練時就被中斷
     if not extras.save(RUN, config, result, base, trained):  # 檔案與畫面交給第 0 個行程
         return
     extras.draw(result, config, base, trained)

@@ -70,6 +70,6 @@ def pretrain(config, stop: threading.Event | None, progress: bool) -> tuple[Tran
             steps = min(CHUNK, config.pretrain_steps - len(losses))
             texts = problems.texts(steps, *config.text_rows(config.pretrain_batch_size))
             losses += check_finite(np.asarray(pretrain_steps(model, optimizer, texts)), len(losses), "預訓練")
-            bar.set_postfix_str(f"損失 {losses[-1]:.3f}")
+            bar.set_postfix_str(f"平均損失 {np.mean(losses[-CHUNK:]):.3f}")
             bar.update(steps)
     return model, losses

@@ -67,7 +67,7 @@ EVERY_FLAG = {
     "6_GRPO_LLM": [
         "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --seed 7 --pretrain-steps 3 --pretrain-batch-size 8 "
         "--step-by-step-share 1 --pretrain-learning-rate 1e-3 --num-prompts 4 --group-size 4 --updates 2 "
-        "--train-epochs 2 --learning-rate 1e-3 --no-anneal-learning-rate --clip-epsilon 0.1 --beta 0.1 "
+        "--train-epochs 2 --learning-rate 1e-3 --anneal-learning-rate --clip-epsilon 0.1 --beta 0.1 "
         "--loss-average dr_grpo --reward last-digit --dynamic-sampling --mesh 2x1 --rules batch=data,mlp=model",
         "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --pretrain-steps 2 --pretrain-batch-size 8 "
         "--num-prompts 8 --group-size 1 --updates 1 --algorithm ppo --critic-learning-rate 1e-2 --gae-lambda 0.9",
