@@ -113,6 +113,7 @@ def start_devices(config) -> None:
         count = max(1, wanted // config.num_processes)
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
     if config.coordinator:
+        jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
         for number in (signal.SIGINT, signal.SIGTERM):  # 只停一個，其餘的會永遠等它：照常中斷
             signal.signal(number, signal.SIG_DFL)
