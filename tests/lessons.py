@@ -19,6 +19,7 @@ SCRIPTS = {
     "3_Pendulum": "pendulum.py",
     "4_GRPO_MNIST": "grpo_mnist.py",
     "5_Sharding_Demo": "sharding_demo.py",
+    "6_GRPO_LLM": "grpo_llm.py",
 }
 READMES = [ROOT / "README.md", *(ROOT / lesson / "README.md" for lesson in LESSONS)]
 
@@ -29,6 +30,8 @@ SHORT = {
     "3_Pendulum": "--total-steps 1600 --num-envs 4 --train-epochs 2",
     "4_GRPO_MNIST": "--num-epochs 2 --batch-size 8192 --train-epochs 2",
     "5_Sharding_Demo": "--strategies data_model --steps 2 --num-layers 1 --sequence-length 32",
+    "6_GRPO_LLM": "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --pretrain-steps 2 "
+    "--pretrain-batch-size 16 --num-prompts 8 --group-size 2 --updates 2",
 }
 EVERY_FLAG = {
     "1_Q_Learning": [
@@ -60,6 +63,15 @@ EVERY_FLAG = {
         "--sequence-length 16 --num-layers 1 --embed-dim 64 --mlp-dim 64 --num-heads 8 --num-kv-heads 4 "
         "--learning-rate 3e-3",
         "--ledger llama3-8b --ledger-meshes 1x64 --strategies model",
+    ],
+    "6_GRPO_LLM": [
+        "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --seed 7 --pretrain-steps 3 --pretrain-batch-size 8 "
+        "--step-by-step-share 1 --pretrain-learning-rate 1e-3 --num-prompts 4 --group-size 4 --updates 2 "
+        "--train-epochs 2 --learning-rate 1e-3 --anneal-learning-rate --clip-epsilon 0.1 --beta 0.1 "
+        "--loss-average dr_grpo --reward last-digit --dynamic-sampling --mesh 2x1 --rules batch=data,mlp=model",
+        "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --pretrain-steps 2 --pretrain-batch-size 8 "
+        "--num-prompts 8 --group-size 1 --updates 1 --algorithm ppo --critic-learning-rate 1e-2 --gae-lambda 0.9",
+        "--measure ledger",
     ],
 }
 WRONG = {
@@ -214,6 +226,43 @@ WRONG = {
         "--batch-size 100000",
         "--embed-dim 32000",
     ],
+    "6_GRPO_LLM": [
+        "--seed abc",
+        "--no-such-flag 1",
+        "--algorithm dqn",
+        "--embed-dim 97",
+        "--group-size 1",
+        "--num-prompts 4096 --group-size 1024",
+        "--num-prompts 7",
+        "--step-by-step-share 1.5",
+        "--pretrain-batch-size 31",
+        "--learning-rate nan",
+        "--clip-epsilon 1.5",
+        "--beta -1",
+        "--loss-average mean",
+        "--reward half",
+        "--algorithm ppo --dynamic-sampling",
+        "--algorithm ppo --loss-average dr_grpo",
+        "--mesh 8",
+        "--mesh 3x2",
+        "--mesh 99x99",
+        "--rules batch",
+        "--rules width=model",
+        "--rules mlp=pipe",
+        "--rules mlp=data+data",
+        "--rules embed=model,mlp=model",
+        "--num-processes 2",
+        "--coordinator nowhere",
+        "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
+        "--base no-such-file.npz",
+        "--compare --base no-such-file.npz",
+        "--compare --algorithm ppo",
+        "--compare --group-size 4",
+        "--base no-such-file.npz --pretrain-steps 5",
+        "--algorithm supervised --reward last-digit",
+        "--compare --measure cost",
+        "--measure mesh --mesh 2x1",
+    ],
 }
 RESULTS = {
     "1_Q_Learning": {
@@ -231,6 +280,11 @@ RESULTS = {
         "missing_digits": ("測試集上一次都不猜的數字有幾個", "{:.2g}"),
     },
     "5_Sharding_Demo": {"max_relative_difference": ("損失與 single 的最大相對差", "{:.1e}")},
+    "6_GRPO_LLM": {
+        "greedy": ("GRPO 之後，測試題貪婪的正確率 (%)", "{:.1f}"),
+        "sampled": ("GRPO 之後，測試題採樣的正確率 (%)", "{:.1f}"),
+        "base_sampled": ("基礎模型，測試題採樣的正確率 (%)", "{:.1f}"),
+    },
 }
 # 專案的 README 最上面的總表：課名、問題、RESULTS 裡的哪個數字、目標。
 FRONT_PAGE = {
@@ -243,6 +297,12 @@ FRONT_PAGE = {
         "模型放不進一顆晶片，怎麼切？切完算的還一樣嗎？",
         "max_relative_difference",
         "1e-4 以下",
+    ),
+    "6_GRPO_LLM": (
+        "第 6 課：語言模型的 GRPO",
+        "寫完幾十個詞元才有一個獎勵，一群答案互相比較還夠嗎？",
+        "sampled",
+        "88 以上",
     ),
 }
 # 與隨機種子無關的數字，試驗表裡各佔一欄。
@@ -265,6 +325,12 @@ COMPARISONS = {
             "ledger_table",
         ),
     },
+    "6_GRPO_LLM": {
+        "comparison": ("--compare", "comparison", "comparison_table"),
+        "mesh": ("--measure mesh", "strategies", "strategy_table"),
+        "cost": ("--measure cost", "cost", "cost_table"),
+        "ledger": ("--measure ledger", "ledger", "ledger_table"),
+    },
 }
 # 換了題目的旗標：分數不能和原來的題目比。
 TASK_FLAGS = {"1_Q_Learning": ("--slip", "--grid-size", "--gamma")}
@@ -277,6 +343,9 @@ HIGHER_IS_BETTER = {
     "test_accuracy": True,
     "missing_digits": False,
     "max_relative_difference": False,
+    "greedy": True,
+    "sampled": True,
+    "base_sampled": True,
 }  # 試驗表的「最差」往哪邊找
 
 

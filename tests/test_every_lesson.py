@@ -52,7 +52,7 @@ def test_help_explains_every_flag(lesson, call, tmp_path, monkeypatch):
 def test_short_runs_use_every_flag(lesson):
     used = {word for flags in EVERY_FLAG[lesson] for word in flags.split() if word.startswith("--")}
     names = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in used}
-    own_tests = {"compare", "watch", "out_dir", "coordinator", "num_processes", "process_id"}
+    own_tests = {"base", "compare", "watch", "out_dir", "coordinator", "num_processes", "process_id"}
     fields = {name for name, _, _ in lessons.config_fields(lesson)}
     assert names | (own_tests & fields) == fields
 

@@ -1,0 +1,178 @@
+"""Mesh 與規則手冊，和第 5 課一樣：邏輯軸 → 規則 → Mesh 軸。名字都與第 5 課相同，說明在第 5 課。"""
+
+import contextlib
+import itertools
+import math
+import os
+import re
+import signal
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lesson import LessonError
+
+FAKE_DEVICES = {"train": 2, "measure": 8}  # CPU 當成幾個裝置：訓練時兩個最快，--measure 的切法要八個
+MAX_FAKE_DEVICES = 64
+MESH_AXES = ("data", "model")
+# 每一種權重的每一個維度叫什麼名字；grpo_llm.py 建立權重時，名字就寫在權重旁邊。
+WEIGHTS = {
+    "embed": ("vocab", "embed"),
+    "positions": ("position", "embed"),
+    "norm": ("embed",),
+    "query": ("embed", "heads", "head_dim"),  # 鍵與值也是
+    "out": ("heads", "head_dim", "embed"),
+    "fc1": ("embed", "mlp"),
+    "fc2": ("mlp", "embed"),
+    "fc_out": ("embed", "vocab"),
+    "value": ("embed", None),  # 評論家的輸出只有一個數
+}
+# 中間結果的名字；寫 None 的維度永遠不切。
+ACTIVATIONS = {
+    "rows": ("batch",),
+    "tokens": ("batch", None),
+    "residual": ("batch", None, None),
+    "cache": ("batch", None, "heads", "head_dim"),
+}
+AXES = tuple(dict.fromkeys(axis for axes in [*WEIGHTS.values(), *ACTIVATIONS.values()] for axis in axes if axis))
+
+
+def translate(axes: tuple[str | None, ...], rules: dict) -> PartitionSpec:
+    """邏輯軸 → 規則手冊 → 每個維度切在哪個 Mesh 軸上；None 表示不切。"""
+    return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """PartitionSpec 的一個項目是一個軸、幾個軸或 None；一律寫成幾個軸。"""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def parse_mesh(mesh: str) -> dict[str, int]:
+    """'4x2' → {'data': 4, 'model': 2}；寫錯了就丟出 ValueError。"""
+    if re.fullmatch(r"[1-9]\d?x[1-9]\d?", mesh) is None:
+        raise ValueError(f"--mesh 是 {mesh}；要寫成 data 軸 x model 軸，例如 4x2，或 auto")
+    shape = dict(zip(MESH_AXES, map(int, mesh.split("x")), strict=True))
+    if math.prod(shape.values()) > MAX_FAKE_DEVICES:
+        raise ValueError(f"--mesh {mesh} 太大；最多 {MAX_FAKE_DEVICES} 個裝置")
+    return shape
+
+
+def parse_rules(text: str) -> dict:
+    """'batch=data,mlp=data+model' → 完整的規則手冊，沒寫到的軸不切；寫錯了就丟出 ValueError。"""
+    rules = dict.fromkeys(AXES)
+    for item in text.split(",") if text else ():
+        axis, equals, target = item.partition("=")
+        if axis not in AXES or not equals:
+            raise ValueError(f"--rules 的 {item!r}；要寫成 軸=data，軸是 {'、'.join(AXES)} 之一")
+        parts = () if target == "None" else tuple(target.split("+"))
+        if not set(parts) <= set(MESH_AXES) or len(set(parts)) < len(parts):
+            raise ValueError(
+                f"--rules 的 {item!r}；Mesh 的軸只有 {'、'.join(MESH_AXES)}，合起來寫 data+model，不切寫 None"
+            )
+        rules[axis] = parts[0] if len(parts) == 1 else parts or None
+    return rules
+
+
+def check_rules(rules: dict, mesh: dict[str, int], sizes: list[tuple[str, int]]) -> None:
+    """一個陣列的兩個維度不能切在同一個 Mesh 軸上，每個維度也要切得平均；不行就丟出 ValueError。"""
+    for name, axes in (WEIGHTS | ACTIVATIONS).items():
+        for (a, b), axis in itertools.product(itertools.combinations(filter(None, axes), 2), MESH_AXES):
+            if axis in mesh_axes(rules[a]) and axis in mesh_axes(rules[b]):
+                wrong = f"--rules 把 {name} 的 {a} 與 {b} 都切在 {axis} 軸上"
+                raise ValueError(f"{wrong}；一個陣列的兩個邏輯軸要切在不同的 Mesh 軸，或有一個不切")
+    for axis, size in sizes:
+        parts = math.prod(mesh[name] for name in mesh_axes(rules[axis]))
+        if size % parts:
+            raise ValueError(f"--rules 把 {axis} 的 {size} 切成 {parts} 份，除不盡；要是 {parts} 的倍數")
+
+
+def check_processes(config) -> None:
+    """幾台主機的三個旗標要對得起來；不行就丟出 ValueError。"""
+    if config.process_id >= config.num_processes:
+        wrong = f"--process-id 是 {config.process_id}"
+        raise ValueError(f"{wrong}；行程從 0 數到 {config.num_processes - 1} (--num-processes {config.num_processes})")
+    if config.num_processes > 1 and not config.coordinator:
+        raise ValueError(
+            f"--num-processes 是 {config.num_processes}，卻沒有 --coordinator；要是第 0 個行程的 HOST:PORT"
+        )
+    if config.coordinator and re.fullmatch(r".+:\d+", config.coordinator) is None:
+        raise ValueError(f"--coordinator 是 {config.coordinator}；要是 HOST:PORT，例如 127.0.0.1:9876")
+
+
+def start_devices(config) -> None:
+    """在 JAX 啟動之前決定裝置：CPU 分成幾個假裝置；幾台主機時先互相連上。"""
+    flag = "--xla_force_host_platform_device_count"
+    wanted = FAKE_DEVICES["train" if config.measure == "none" else "measure"]
+    if config.mesh != "auto":
+        wanted = math.prod(parse_mesh(config.mesh).values())
+    if flag not in os.environ.get("XLA_FLAGS", ""):  # 讀者自己設了就照他的
+        count = max(1, wanted // config.num_processes)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
+    if config.coordinator:
+        jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+        for number in (signal.SIGINT, signal.SIGTERM):  # 只停一個，其餘的會永遠等它：照常中斷
+            signal.signal(number, signal.SIG_DFL)
+
+
+def mesh_shape(mesh: str) -> dict[str, int]:
+    """--mesh 的形狀；auto：全部放在 data 軸，CPU 的假裝置只用兩個。"""
+    if mesh != "auto":
+        return parse_mesh(mesh)
+    devices = jax.device_count()
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        devices = min(devices, FAKE_DEVICES["train"])
+    return {"data": devices, "model": 1}
+
+
+def make_mesh(mesh: str, rules: dict, sizes: list[tuple[str, int]]) -> Mesh:
+    """裝置的地圖，裝置有多的就不用。AxisType.Auto：通訊由編譯器決定，見第 5 課。"""
+    shape, devices = mesh_shape(mesh), jax.devices()
+    size = math.prod(shape.values())
+    if size > len(devices) or (size < len(devices) and jax.process_count() > 1):
+        raise LessonError(f"--mesh 要 {size} 個裝置，這裡有 {len(devices)} 個；用 --mesh {len(devices)}x1，或不要寫", 2)
+    try:
+        check_rules(rules, shape, sizes)  # auto 的形狀，這時才知道
+    except ValueError as error:
+        raise LessonError(str(error), 2) from error
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * len(shape), devices=devices[:size])
+
+
+@contextlib.contextmanager
+def rule_book(mesh: Mesh, rules: dict) -> Iterator[None]:
+    """在這個 with 裡建立的權重與中間結果，照 rules 切在 mesh 上。"""
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(tuple(rules.items())):
+        yield
+
+
+def constrain(x: jax.Array, name: str) -> jax.Array:
+    """告訴編譯器這個中間結果要怎麼切；其餘的由它推論。"""
+    return jax.lax.with_sharding_constraint(x, translate(ACTIVATIONS[name], dict(get_logical_axis_rules())))
+
+
+def place(module) -> None:
+    """模組的權重照規則手冊放好，例如從檔案讀進來的。要在 rule_book 裡呼叫。"""
+    state = nnx.state(module, nnx.Param)
+    nnx.update(module, jax.device_put(state, nnx.get_named_sharding(state, jax.sharding.get_mesh())))
+
+
+def replicate(tree):
+    """每個裝置都拿到一整份：幾台主機時，讀得到的只有這種陣列。"""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+def distribute(array: np.ndarray, *axes: str | None) -> jax.Array:
+    """主機上的陣列 → 照規則手冊切好的陣列；每個行程只放自己的裝置要的那幾塊。要在 rule_book 裡呼叫。"""
+    spec = translate(axes, dict(get_logical_axis_rules()))
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.make_array_from_callback(array.shape, sharding, lambda block: array[block])
+
+
+def gather(module):
+    """同一個模組，每個裝置都有整份權重：要存檔時，幾台主機都讀得到。"""
+    everywhere = NamedSharding(next(iter(jax.tree.leaves(nnx.state(module)))).sharding.mesh, PartitionSpec())
+    return nnx.merge(nnx.graphdef(module), jax.jit(lambda state: state, out_shardings=everywhere)(nnx.state(module)))

@@ -1,0 +1,136 @@
+"""每一課的 *_extras.py 共用的工具：權重、比較、表格、圖、動畫。和 lesson.py 一樣，每個資料夾裡的都相同。"""
+
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from lesson import LessonError, Run, save
+
+SEEDS = range(1000, 1010)  # 表格與圖用的隨機種子；調整設定只看 0 到 9
+COLORS = [matplotlib.color_sequences["okabe_ito"][i] for i in (5, 6, 3, 7, 1, 2, 0)]  # 不用黃色：白底上看不清
+STYLE = {
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+}
+
+
+def compare(run: Run, config, variants: dict, measure: Callable, table: Callable, draw: Callable) -> None:
+    """--compare：每個隨機種子、每種設定各跑一次 measure(config) → {欄: 值}，存檔、印出表格、畫圖。
+
+    rows 是 {設定: {欄: [一個種子一個值]}}：table(rows) 是 Markdown 表格，draw(rows, out_dir) 畫圖，
+    每一種設定至少跑完一個種子才畫。
+    """
+    rows, done, jobs = {}, 0, [(seed, name) for seed in SEEDS for name in variants]
+    for seed, name in tqdm(jobs, "比較", unit="次訓練", disable=None):
+        measured = measure(replace(variants[name], seed=seed))
+        if run.stop.is_set():  # 練到一半的不算
+            break
+        for column, value in measured.items():
+            rows.setdefault(name, {}).setdefault(column, []).append(value)
+        done += 1
+    run.require_learnt(done)
+    run.save_metrics(config, time.perf_counter() - run.started, comparison=rows)
+    save(config.out_dir / "comparison.md", table(rows).encode())
+    if len(rows) == len(variants):
+        draw(rows, config.out_dir)
+    print(table(rows))
+    run.finish(config, f"完成 {done} 次訓練" if done < len(jobs) else "")
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """平均的 95 % 信賴區間，拔靴法 (bootstrap)；亂數固定，同樣的數字給同樣的區間。"""
+    from scipy.stats import bootstrap
+
+    values = np.array(values, float)
+    if np.ptp(values) == 0:  # 每個都一樣，沒有東西可以重抽
+        return values[0], values[0]
+    return tuple(bootstrap((values,), np.mean, rng=0).confidence_interval)
+
+
+def show_mean(values: Iterable[float], pattern: str = "{:.1f}") -> str:
+    """平均 [區間的下限, 上限]，例如 −148.0 [−149.1, −147.0]。"""
+    low, high = interval(values)
+    return f"{pattern.format(np.mean(values))} [{pattern.format(low)}, {pattern.format(high)}]"
+
+
+def show_difference(values, reference, pattern: str = "{:+.1f}", higher_is_better: bool = True) -> str:
+    """同樣的隨機種子一對一相減，平均 [區間]，以及區間撐得起的判斷。"""
+    difference = np.subtract(values, reference)
+    low, high = interval(difference)
+    better = (low > 0) if higher_is_better else (high < 0)
+    verdict = "看不出差別" if low <= 0 <= high else "較好" if better else "較差"
+    return f"{show_mean(difference, pattern)}，{verdict}"
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown 表格；header 是欄名，rows 的每一列是一樣多的格子。"""
+    header = list(header)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (header, ["---"] * len(header), *rows))
+
+
+@contextlib.contextmanager
+def figure(path: Path, *grid: int, figsize: tuple[float, float], layout: str = "constrained", **options):
+    """一張圖與它的座標軸，離開 with 時存成 path；不用 pyplot，讀者的後端與 matplotlibrc 都不相干。"""
+    with style.context(STYLE, after_reset=True):
+        canvas, buffer = Figure(figsize=figsize, layout=layout), io.BytesIO()
+        yield canvas, canvas.subplots(*grid, **options)
+        canvas.savefig(buffer, format="png")
+        save(path, buffer.getvalue())
+
+
+def save_gif(path: Path, frames: list[np.ndarray]) -> None:
+    """寬高各縮一半，一張 60 毫秒。"""
+    from PIL import Image
+
+    images, buffer = [Image.fromarray(frame[::2, ::2]).quantize(32) for frame in frames], io.BytesIO()
+    images[0].save(buffer, format="gif", save_all=True, append_images=images[1:], duration=60, loop=0)
+    save(path, buffer.getvalue())
+
+
+def has_display() -> bool:
+    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+
+
+def named_weights(module) -> dict:
+    """模組的每個權重 (nnx.Param)，名字像 actor/mu/kernel。"""
+    from flax import nnx
+
+    return {"/".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def save_weights(path: Path, module) -> None:
+    """權重存成 .npz，一個陣列一個名字；不用 pickle。"""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(param[...]) for name, param in named_weights(module).items()})
+    save(path, buffer.getvalue())
+
+
+def load_weights(path: Path, module, flag: str) -> None:
+    """把 save_weights 的檔案讀回 module；flag 是使用者給檔名的旗標。"""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            loaded = {name: arrays[name] for name in named_weights(module)}
+        for name, param in named_weights(module).items():
+            array = loaded[name]
+            if array.shape != param.shape or array.dtype != param.dtype or not np.isfinite(array).all():
+                raise ValueError(f"{name} 要是 {param.shape} 的 {param.dtype}，而且都是有限的數")
+            param[...] = array
+    except Exception as error:  # 壞掉的檔案在 NumPy 與 zipfile 裡丟出各種例外
+        reason = f"{flag} {path} 讀不出這一課的權重 ({error})"
+        raise LessonError(f"{reason}；要是同樣的旗標訓練出來的 weights.npz", 2) from error
