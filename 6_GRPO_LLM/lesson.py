@@ -2,6 +2,7 @@
 
 import atexit  # 匯入得越少，Ctrl-C 越早有人接：其餘的套件用到才匯入
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -67,8 +68,6 @@ class Run:
 
     def save_metrics(self, config, train_seconds: float, **results) -> None:
         """metrics.json；versions 只記這一課匯入了的套件。"""
-        import json
-
         jax = sys.modules.get("jax")
         versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
         metrics = {
@@ -102,6 +101,8 @@ def parse(config_class, description: str):
     import tyro
 
     config = tyro.cli(config_class, description=description)
+    if getattr(config, "compare", False) and config.seed != config_class.seed:
+        raise LessonError("--compare 與 --seed 一起用；--compare 跑固定的十個隨機種子，不要寫 --seed", 2)
     place = next(path for path in [config.out_dir.absolute(), *config.out_dir.absolute().parents] if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise LessonError(f"--out-dir {config.out_dir} 寫不進去；要是可以寫入的資料夾", 2)
