@@ -324,6 +324,7 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         draw_passes(rows, passes)
         draw_forgetting(rows, forget)
         draw_hacking(rows, hack)
+        hack.set_visible("last_digit" in rows)  # 中斷時還沒有這一列
         for name in (DEFAULT, "G_2", "G_16", "dynamic_sampling"):
             if name in rows:
                 values = 100 * np.mean(rows[name]["silent_curve"], axis=0)
