@@ -254,7 +254,7 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         left.set_title(f"mean and range over {len(rows['default']['test_accuracy'])} seeds")
         left.set_yticks([2, 3, 5, 10, 20, 50], labels=["2", "3", "5", "10", "20", "50"])
         left.minorticks_off()
-        left.legend(title="after the last epoch", loc="lower right", bbox_to_anchor=(1, 0.36), ncols=2, fontsize=9)
+        left.legend(title="after the last epoch", loc="upper right", ncols=2, fontsize=9)
         for i, name in enumerate(("supervised", "default", "ppo")):
             left_edge = 0.0
             for j, (key, label) in enumerate(STATE_NAMES.items()):
