@@ -288,15 +288,15 @@ class Result:
     test_loss: float = math.nan
 
 
-def train_strategy(result: Result, step, state: nnx.State, config: Config, stop: threading.Event | None, bar) -> None:
-    """用一種策略訓練 steps 步，寫進 result；stop 被設定時，停在兩步之間，至少走一步。
+def train_strategy(result: Result, step, state: nnx.State, text: tuple, config: Config, stop, bar) -> None:
+    """用一種策略在 text (訓練的、評估的) 上訓練 steps 步，寫進 result；stop 被設定時，停在兩步之間，至少走一步。
 
     種子相同，所以每種策略的批次都相同。
 
     Raises:
         lesson.LessonError: 損失變成 NaN 或無限大。
     """
-    (training, held_out), rng, program = read_text(), np.random.default_rng(config.seed), result.program
+    (training, held_out), rng, program = text, np.random.default_rng(config.seed), result.program
     while len(result.losses) < config.steps and not (stop and stop.is_set() and result.losses):
         inputs, targets = (distribute(x, program.tokens) for x in sample_batch(training, rng, config))
         start = time.perf_counter()
@@ -318,7 +318,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
     起點只抽一次，再照每種策略的切法放上去：這個模型小，一個裝置放得下。
     放不下的模型，每種策略各自呼叫 initial_state，數字一樣。
     """
-    programs, results = {}, {}
+    text, programs, results = read_text(), {}, {}  # 只讀一次：訓練到一半有人改了 README，各策略的文字才不會不同
     for name, rules in rule_books(config).items():
         mesh = strategy_mesh(config, name)
         programs[name] = plan(
@@ -333,7 +333,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
                 break
             state = jax.tree.map(lambda x, like: distribute(np.asarray(x), like), start, program.state)
             results[name] = Result(name, program, read_collectives(step.as_text(), program.mesh))
-            train_strategy(results[name], step, state, config, stop, bar)
+            train_strategy(results[name], step, state, text, config, stop, bar)
     return results
 
 

@@ -657,6 +657,14 @@ def test_training_text_follows_the_readmes_and_targets_follow_inputs():
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
 
 
+def test_a_readme_edited_during_the_run_changes_no_strategy(monkeypatch):
+    """每種策略用同一份文字：以前每種各讀一次，訓練到一半改了 README，損失就差了百分之一。"""
+    texts = iter(np.arange(40_000, dtype=np.int32).reshape(2, -1) % 7 * np.array([[1], [9]], np.int32))
+    monkeypatch.setattr(demo, "read_text", lambda: np.split(next(texts), [18_000]))
+    results = demo.train(small_config(strategies=("data",), num_kv_heads=8), progress=False)
+    np.testing.assert_allclose(results["data"].losses, results["single"].losses, rtol=demo.TARGET_DIFFERENCE)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
