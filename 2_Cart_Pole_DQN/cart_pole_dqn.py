@@ -59,10 +59,10 @@ class Config:
     num_envs: Annotated[int, (1, 10**4)] = 16  # 同時進行的環境份數
     buffer_size: Annotated[int, (1, 10**7)] = 50_000  # 回放緩衝區的容量；滿了就蓋掉最舊的
     learning_starts: Annotated[int, (1, 10**9)] = 1_000  # 先收集幾步才開始學習
-    train_every: Annotated[int, (1, 10**7)] = 128  # 每走幾步學習一輪
-    updates_per_train: Annotated[int, (1, 10**6)] = 64  # 一輪學習更新幾次
+    train_every: Annotated[int, (1, 10**7)] = 128  # 每走幾步進入一次學習階段
+    updates_per_train: Annotated[int, (1, 10**6)] = 64  # 一個學習階段更新幾次
     batch_size: Annotated[int, (1, 10**6)] = 64  # 每次更新從回放緩衝區抽幾筆
-    sync_every: Annotated[int, (1, 10**6)] = 1  # 每幾輪學習，把線上網路的權重複製到目標網路
+    sync_every: Annotated[int, (1, 10**6)] = 1  # 每幾個學習階段，把線上網路的權重複製到目標網路
     learning_rate: Annotated[float, (1e-7, 1e30)] = 1e-3  # Adam 的學習率
     gamma: Annotated[float, (0, 0.9999)] = 0.99  # 折扣因子 γ
     epsilon_end: Annotated[float, (0, 1)] = 0.05  # 探索率 ε 從 1 線性降到這個值
@@ -84,13 +84,13 @@ class Config:
         if starts > self.total_steps:
             raise ValueError(f"--learning-starts 是 {starts}；總共只走 {self.total_steps} 步，要在這以下")
         if self.buffer_size < newest:
-            right = f"要放得下一輪的新資料，{newest} 筆以上 (train-every + num-envs)"
+            right = f"要放得下一個學習階段的新資料，{newest} 筆以上 (train-every + num-envs)"
             raise ValueError(f"--buffer-size 是 {self.buffer_size}；{right}")
         if not self.replay and every % self.updates_per_train:
             right = f"沒有回放時每一步剛好學一次，要是 updates-per-train ({self.updates_per_train}) 的倍數"
             raise ValueError(f"--train-every 是 {every}；{right}")
         if not self.replay and starts < every:
-            right = f"沒有回放時，第一輪就要有 {every} 步 (train-every)，要在這以上"
+            right = f"沒有回放時，第一個學習階段就要有 {every} 步 (train-every)，要在這以上"
             raise ValueError(f"--learning-starts 是 {starts}；{right}")
 
 
@@ -246,7 +246,7 @@ class DQNAgent(nnx.Module):
 @nnx.jit
 @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
 def learn(agent: DQNAgent, batch: Transition):
-    """一輪學習編譯成一次呼叫：欄位 (更新次數, 批次, …) → (智慧體, (每次更新的損失, 最大的 |Q|))。"""
+    """一個學習階段編譯成一次呼叫：欄位 (更新次數, 批次, …) → (智慧體, (每次更新的損失, 最大的 |Q|))。"""
     return agent, agent.train_step(batch)
 
 
@@ -289,7 +289,7 @@ class Collector:
 
 
 def next_batches(buffer: ReplayBuffer, due: int, config: Config, rng: np.random.Generator) -> Transition:
-    """一輪學習的資料，形狀 (更新次數, 批次, …)；沒有回放時，是第 due 步之前的 train_every 步。"""
+    """一個學習階段的資料，形狀 (更新次數, 批次, …)；沒有回放時，是第 due 步之前的 train_every 步。"""
     updates = config.updates_per_train
     if config.replay:
         return buffer.sample((updates, config.batch_size), rng)
@@ -301,7 +301,7 @@ class Result:
     agent: DQNAgent
     history: extras.History  # 學習曲線、貪婪檢查、最大的 |Q|
     env_steps: int
-    rounds: int  # 學了幾輪
+    rounds: int  # 學了幾個階段
     criterion_met: bool  # 貪婪檢查全部滿分；False 是用完了步數，或被 Ctrl-C 打斷
     memory_bytes: dict[str, int]  # 訓練時要記住的東西，各佔幾個位元組
     seconds: float
@@ -309,11 +309,11 @@ class Result:
 
 
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True) -> Result:
-    """照 config 訓練一個智慧體；stop 被設定時，停在兩輪之間。損失變成 NaN 或無限大就丟出 LessonError。"""
+    """照 config 訓練一個智慧體；stop 被設定時，停在兩個學習階段之間。損失變成 NaN 或無限大就丟出 LessonError。"""
     start, rng = time.perf_counter(), np.random.default_rng(config.seed)
     agent, buffer, collector = DQNAgent(config), ReplayBuffer(config.buffer_size), Collector(config, rng)
     history, step, rounds, perfect = extras.History(CURVE_EVERY), 0, 0, False
-    learn_round = nnx.cached_partial(learn, agent)  # 智慧體只攤平一次，不是每一輪都攤平
+    learn_round = nnx.cached_partial(learn, agent)  # 智慧體只攤平一次，不是每個階段都攤平
     with tqdm(total=config.total_steps, desc="訓練", unit="步", disable=None if progress else True) as bar:
         while step < config.total_steps and not perfect and not (stop and stop.is_set()):
             # 收集：走到該學習的那一步
@@ -322,7 +322,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
             step = buffer.added
             bar.set_postfix_str(f"平均回報 {mean_return:.0f}", refresh=before == 0)
             bar.update(step - before)
-            # 檢查：上一輪學完的網路不探索，玩 100 個訓練與評估都不用的回合
+            # 檢查：上一個學習階段學完的網路不探索，玩 100 個訓練與評估都不用的回合
             check_due = step // CHECK_EVERY > before // CHECK_EVERY  # 走過了 CHECK_EVERY 的倍數
             if config.early_stop and check_due and mean_return >= CHECK_GATE:
                 returns, _ = evaluate(agent, CHECK_SEED + config.seed)

@@ -17,7 +17,7 @@ import lesson_extras
 from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif, show_difference, show_mean
 
 EPISODE_STEPS = gym.spec("CartPole-v1").max_episode_steps  # 500，也是最高的回報
-MOST_GIGABYTES = 4  # 一輪學習最多用多少記憶體：一台筆電拿得出來的
+MOST_GIGABYTES = 4  # 一個學習階段最多用多少記憶體：一台筆電拿得出來的
 COMPARE_STEPS = 40_000
 SWITCHES = ("replay", "target_network", "double")
 VARIANTS = {  # 名稱 (圖例與表格) → SWITCHES 的值
@@ -33,7 +33,7 @@ VARIANTS = {  # 名稱 (圖例與表格) → SWITCHES 的值
 
 
 def check(config) -> None:
-    """一輪學習放不放得進記憶體；有 --compare 時，它要跑的每一種設定能不能跑。不行就丟出 ValueError。"""
+    """一個學習階段放不放得進記憶體；有 --compare 時，它要跑的每一種設定能不能跑。不行就丟出 ValueError。"""
     updates, hidden = config.updates_per_train, config.hidden_size
     batch = config.batch_size if config.replay else config.train_every // updates
     # 粗估：抽出來的經驗、一次更新的隱藏層、權重連同梯度與動差
@@ -41,7 +41,7 @@ def check(config) -> None:
     if gigabytes > MOST_GIGABYTES:
         flags = "--updates-per-train、--batch-size" if config.replay else "--train-every"
         right = f"要在 {MOST_GIGABYTES} GB 以下，把 {flags} 或 --hidden-size 調小"
-        raise ValueError(f"一輪學習大約要 {gigabytes:,.1f} GB 的記憶體；{right}")
+        raise ValueError(f"一個學習階段大約要 {gigabytes:,.1f} GB 的記憶體；{right}")
     if config.compare:
         refuse_overridden(config)
         variants(config)
@@ -82,14 +82,14 @@ class History:
         self.curve = []  # 最近幾個訓練回合的平均回報
         self.checks = []  # 貪婪檢查的平均回報
         self.largest_q = []  # 上一個點以來最大的 |Q|
-        self.recent_q = []  # 上一個點以來，每一輪最大的 |Q|
+        self.recent_q = []  # 上一個點以來，每個學習階段最大的 |Q|
 
     def add_round(self, largest_q) -> None:
-        """一輪學習裡每次更新最大的 |Q|。"""
+        """一個學習階段裡每次更新最大的 |Q|。"""
         self.recent_q.append(float(np.asarray(largest_q).max()))
 
     def add_point(self, step: int, mean_return: float, last: bool) -> None:
-        """一輪結束在第 step 步；last：訓練停在這裡，不是倍數也記。"""
+        """一個學習階段結束在第 step 步；last：訓練停在這裡，不是倍數也記。"""
         passed = step // self.every > self.step // self.every
         self.step = step
         if not (passed or last):

@@ -10,7 +10,7 @@
 結果在 outputs/：learning_curve.png、clipped_objective.png、agent.gif、weights.npz、metrics.json。
 
 出處：REINFORCE：Williams (1992)。GAE：Schulman 等 (2016)，arXiv 1506.02438，式 (11)、(16)。
-PPO：Schulman 等 (2017)，arXiv 1707.06347，式 (7) 裁剪、式 (8) KL 懲罰。
+PPO：Schulman 等 (2017)，arXiv 1707.06347，式 (7) 比例裁剪、式 (8) KL 懲罰。
 """
 
 import lesson
@@ -72,7 +72,7 @@ class Config:
     actor_learning_rate: Annotated[float, (1e-7, 1)] = 2e-3  # 演員的學習率
     critic_learning_rate: Annotated[float, (1e-7, 1)] = 2e-3  # 評論家的學習率
     anneal_learning_rate: bool = True  # 學習率線性降到 0
-    max_grad_norm: Annotated[float, (1e-6, 1e9)] = 0.5  # 梯度範數的上限；1e9 等於不裁剪
+    max_grad_norm: Annotated[float, (1e-6, 1e9)] = 0.5  # 梯度範數的上限；1e9 等於不做梯度裁剪
     gamma: Annotated[float, (0, 1)] = 0.99  # 折扣因子 γ
     gae_lambda: Annotated[float, (0, 1)] = 0.95  # GAE 的 λ：0 全靠評論家，1 全靠實際回報
     clip_epsilon: Annotated[float, (0, 1)] = 0.2  # PPO-Clip 的 ε：比例的界線是 1 - ε 與 1 + ε

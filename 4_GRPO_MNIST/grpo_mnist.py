@@ -10,7 +10,7 @@
 結果在 outputs/：learning_curve.png、mistakes.png、weights.npz、metrics.json。
 
 出處：GRPO：Shao 等 (2024)，DeepSeekMath，arXiv 2402.03300，式 (3)、(4)。
-裁剪：Schulman 等 (2017)，arXiv 1707.06347，式 (7)。MNIST：LeCun 等 (1998)。
+比例裁剪：Schulman 等 (2017)，arXiv 1707.06347，式 (7)。MNIST：LeCun 等 (1998)。
 """
 
 import lesson
@@ -68,7 +68,7 @@ class Config:
     train_epochs: Annotated[int, (1, 64)] = 4  # 同一批答案學幾遍 (K)
     learning_rate: Annotated[float, (1e-6, 1)] = 2e-3  # Adam 的學習率；評論家用同一個
     anneal_learning_rate: bool = True  # 學習率照餘弦降到 0
-    clip_epsilon: Annotated[float, (1e-6, 1)] = 0.2  # 裁剪的 ε：比例的界線是 1 - ε 與 1 + ε
+    clip_epsilon: Annotated[float, (1e-6, 1)] = 0.2  # 比例裁剪的 ε：比例的界線是 1 - ε 與 1 + ε
     beta: Annotated[float, (0, 1e6)] = 0.0  # KL 散度懲罰的權重 β；參考模型是凍結的初始策略
     compare: bool = False  # 各種做法與批次大小，各跑十個隨機種子，畫在一起
     out_dir: Path = Path(__file__).resolve().parent / "outputs"  # 結果放在哪裡

@@ -11,7 +11,7 @@
 結果在 outputs/：learning_curve.png、pass_at_k.png、base.npz (基礎模型)、weights.npz、metrics.json。
 
 出處：GRPO：Shao 等 (2024)，DeepSeekMath，arXiv 2402.03300，式 (3)、(4)。規則當獎勵：DeepSeek-R1，arXiv 2501.12948。
-平均的方法與動態採樣：DAPO，arXiv 2503.14476；Dr. GRPO，arXiv 2503.20783。裁剪：arXiv 1707.06347，式 (7)。
+平均的方法與動態採樣：DAPO，arXiv 2503.14476；Dr. GRPO，arXiv 2503.20783。比例裁剪：arXiv 1707.06347，式 (7)。
 """
 
 import lesson

@@ -8,7 +8,7 @@ python tests/benchmark.py --all --write                每一課的結果，與�
 python tests/benchmark.py --all --compare --trials --write    每一課的比較與試驗
 
 開始前先印出大概要多久。做完一項存一項；中斷之後再打同一個指令，同樣的程式與預設值下已經有紀錄的不會重跑
-(要重跑就刪掉 figures/ 裡的 .json)。
+(要重跑就刪掉 figures/ 裡的 .json)。--compare 做完一次訓練存一次，存在 figures/comparison.partial.json，全部做完就刪掉。
 """
 
 import argparse
@@ -27,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import tyro
 from lessons import (
     COMPARISONS,
     CONSTANTS,
@@ -269,6 +270,33 @@ def copy_figures(lesson: str, out_dir: Path) -> None:
             shutil.copy(figure, ROOT / lesson / "figures" / figure.name)
 
 
+def run_and_remember(lesson: str, partial: str, *flags: str) -> None:
+    """在這個行程裡跑一課的 main；--compare 的每一次訓練，做完就存進 partial，已經存著的不再做。"""
+    module, path = load(lesson), Path(partial)
+    original = module.extras.lesson_extras.compare
+
+    def compare(run, config, variants: dict, measure, *rest) -> None:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        fresh = json.loads(json.dumps(stamp(lesson, extras=True)))
+        known = record["measured"] if {key: record.get(key) for key in fresh} == fresh else {}
+
+        def remembered(variant) -> dict:
+            settings = json.dumps(vars(variant) | {"out_dir": ""}, default=str)
+            if settings not in known:
+                measured = measure(variant)
+                if run.stop.is_set():
+                    return measured
+                known[settings] = measured
+                write_json(path, fresh | {"measured": known})
+            return known[settings]
+
+        original(run, config, variants, remembered, *rest)
+
+    module.extras.lesson_extras.compare = compare
+    sys.argv = [str(script(lesson)), *flags]
+    module.RUN(module.main)
+
+
 def benchmark_compare(lesson: str, write: bool) -> None:
     default = {"comparison": ("--compare", "comparison", "comparison_table")}
     for name, (flags, key, table) in COMPARISONS.get(lesson, default).items():
@@ -278,17 +306,28 @@ def benchmark_compare(lesson: str, write: bool) -> None:
             last = json.loads(path.read_text(encoding="utf-8")).get("seconds", 600) if path.exists() else 600
             announce(f"{lesson} 的 {name}", last)
             start = time.perf_counter()
+            partial = path.with_suffix(".partial.json")
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, str(script(lesson)), *flags.split(), "--out-dir", folder]
-                subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+                code = "import sys, benchmark; benchmark.run_and_remember(*sys.argv[1:])"
+                command = [sys.executable, "-c", code, lesson, str(partial), *flags.split(), "--out-dir", folder]
+                subprocess.run(command, cwd=ROOT / "tests", env=environment(), check=True, stdout=subprocess.DEVNULL)
                 record |= {"seconds": round(time.perf_counter() - start), "rows": metrics(Path(folder))[key]}
                 if write:
                     write_json(path, record)
                     copy_figures(lesson, Path(folder))
+            partial.unlink(missing_ok=True)
         text = getattr(load(lesson).extras, table)(record["rows"])
         print(text)
         if write:
             replace_block(ROOT / lesson / "README.md", name, text)
+
+
+def default_runs(lesson: str, flags: str) -> list[dict]:
+    """旗標就是預設值的那一列，和結果是同樣的十次執行；不是，或還沒有記錄，就是空的。"""
+    config_class = load(lesson).Config
+    runs = recorded(lesson, "results").get("runs", [])
+    same = tyro.cli(config_class, args=flags.split()) == config_class()
+    return runs if same and len(runs) == len(SEEDS) else []
 
 
 def benchmark_trials(lesson: str, write: bool) -> None:
@@ -300,7 +339,7 @@ def benchmark_trials(lesson: str, write: bool) -> None:
     missing = [(name, flags) for name, flags in rows if flags not in record["runs"]]
     announce(f"{lesson} 的試驗", len(missing) * len(SEEDS) * recorded_seconds(lesson) / 2)
     for name, flags in missing:
-        runs = run_seeds(lesson, flags, workers=2, env=environment())
+        runs = default_runs(lesson, flags) or run_seeds(lesson, flags, workers=2, env=environment())
         keys = ("seed", *RESULTS[lesson], *CONSTANTS.get(lesson, {}))
         record["runs"][flags] = [{key: run[key] for key in keys} for run in runs]
         print(name, flags, [list(run.values()) for run in record["runs"][flags]], flush=True)

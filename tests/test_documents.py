@@ -156,6 +156,28 @@ def test_comparison_block_equals_the_recorded_runs(lesson):
     assert block(text_of(f"{lesson}/README.md"), "comparison") == load(lesson).extras.comparison_table(record["rows"])
 
 
+def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    """已經存著的訓練不再做：改掉存著的一個數字、刪掉一次訓練，再跑一次，前者還在，後者補上。"""
+    shared = load("1_Q_Learning").extras.lesson_extras
+    flags = ["--compare", "--episodes", "30", "--decay-episodes", "10", "--out-dir", str(tmp_path)]
+    comparisons, partial = [], tmp_path / "comparison.partial.json"
+    for _ in range(2):
+        monkeypatch.setattr(shared, "compare", shared.compare)
+        monkeypatch.setattr(benchmark.sys, "argv", [])
+        benchmark.run_and_remember("1_Q_Learning", str(partial), *flags)
+        monkeypatch.undo()
+        comparisons.append(json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["comparison"])
+        record = json.loads(partial.read_text(encoding="utf-8"))
+        first, *_, last = record["measured"]
+        record["measured"][first]["greedy_returns"] = 12345
+        del record["measured"][last]
+        partial.write_text(json.dumps(record), encoding="utf-8")
+    before, after = (next(iter(rows.values()))["greedy_returns"] for rows in comparisons)
+    assert after[0] == 12345
+    after[0] = before[0]
+    assert comparisons[0] == comparisons[1]
+
+
 @pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson != NOT_YET_TRIED])
 def test_trials_block_equals_the_recorded_runs(lesson):
     rows, record = benchmark.trial_rows(lesson), recorded(lesson, "trials.json")
