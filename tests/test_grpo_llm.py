@@ -474,3 +474,20 @@ def test_the_comparison_shows_what_was_recorded(tmp_path):
     assert worse.startswith("| `last_digit` | 71.0 [70.0, 72.0] | 70.0 |")
     extras.draw_comparison(recorded, tmp_path)
     assert (tmp_path / "comparison.png").stat().st_size > 0
+
+
+def test_default_run_reaches_the_target(tmp_path):
+    """整個預設的執行：基礎模型一半以上不對，GRPO 之後幾乎全對，而且是因為改用逐步作答。"""
+    result = run("6_GRPO_LLM", "--out-dir out", tmp_path, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2].startswith("達標：")
+    recorded = metrics(tmp_path / "out")
+    base, trained = recorded["base"], recorded["trained"]
+    assert base["sampled"] < 50
+    assert trained["sampled"] >= llm.SAMPLED_TARGET
+    assert trained["greedy"] >= llm.GREEDY_TARGET
+    assert trained["length"] > base["length"] + 5
+    assert trained["step_by_step"] > 95
+    assert len(recorded["curve"]["reward"]) == recorded["updates"] == 36
+    figures = {"learning_curve.png", "pass_at_k.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == figures | {"base.npz", "weights.npz", "metrics.json"}
