@@ -12,12 +12,15 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
+from jax.extend import backend
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lesson import LessonError
 
 FAKE_DEVICES = {"train": 2, "measure": 8}  # CPU 當成幾個裝置：訓練時兩個最快，--measure 的切法要八個
 MAX_FAKE_DEVICES = 64
+COUNT_FLAG = "--xla_force_host_platform_device_count"
+COUNT_VARIABLE = "JAX_NUM_CPU_DEVICES"  # 讀者自己用這兩個之一設了假裝置的個數，就照他的
 MESH_AXES = ("data", "model")
 # 每一種權重的每一個維度叫什麼名字；grpo_llm.py 建立權重時，名字就寫在權重旁邊。
 WEIGHTS = {
@@ -99,24 +102,38 @@ def check_processes(config) -> None:
         raise ValueError(
             f"--num-processes 是 {config.num_processes}，卻沒有 --coordinator；要是第 0 個行程的 HOST:PORT"
         )
-    if config.coordinator and re.fullmatch(r".+:\d+", config.coordinator) is None:
+    port = re.fullmatch(r".+:(\d{1,5})", config.coordinator)
+    if config.coordinator and not (port and 0 < int(port[1]) < 2**16):
         raise ValueError(f"--coordinator 是 {config.coordinator}；要是 HOST:PORT，例如 127.0.0.1:9876")
 
 
 def start_devices(config) -> None:
     """在 JAX 啟動之前決定裝置：CPU 分成幾個假裝置；幾台主機時先互相連上。"""
-    flag = "--xla_force_host_platform_device_count"
     wanted = FAKE_DEVICES["train" if config.measure == "none" else "measure"]
     if config.mesh != "auto":
         wanted = math.prod(parse_mesh(config.mesh).values())
-    if flag not in os.environ.get("XLA_FLAGS", ""):  # 讀者自己設了就照他的
+    set_by_reader = os.environ.get(COUNT_VARIABLE) or COUNT_FLAG in os.environ.get("XLA_FLAGS", "")
+    if not set_by_reader:
         count = max(1, wanted // config.num_processes)
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:  # 筆記本裡，JAX 已經用別的個數啟動了：重新啟動它
+            backend.clear_backends()
+            jax.config.update("jax_num_cpu_devices", count)
     if config.coordinator:
-        jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
+        connect(config)
+
+
+def connect(config) -> None:
+    """和其他行程連上。之後 Ctrl-C 照常中斷：只停下一個行程，其他的會永遠等它。"""
+    jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
+    try:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-        for number in (signal.SIGINT, signal.SIGTERM):  # 只停一個，其餘的會永遠等它：照常中斷
-            signal.signal(number, signal.SIG_DFL)
+    except RuntimeError as error:
+        wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
+        raise LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def mesh_shape(mesh: str) -> dict[str, int]:
