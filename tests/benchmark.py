@@ -273,7 +273,7 @@ def copy_figures(lesson: str, out_dir: Path) -> None:
 def run_and_remember(lesson: str, partial: str, *flags: str) -> None:
     """在這個行程裡跑一課的 main；--compare 的每一次訓練，做完就存進 partial，已經存著的不再做。"""
     module, path = load(lesson), Path(partial)
-    original = module.extras.lesson_extras.compare
+    original = lesson_extras.compare
 
     def compare(run, config, variants: dict, measure, *rest) -> None:
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -292,7 +292,7 @@ def run_and_remember(lesson: str, partial: str, *flags: str) -> None:
 
         original(run, config, variants, remembered, *rest)
 
-    module.extras.lesson_extras.compare = compare
+    lesson_extras.compare = compare  # 每個資料夾的都相同，所以載入的是同一個
     sys.argv = [str(script(lesson)), *flags]
     module.RUN(module.main)
 
