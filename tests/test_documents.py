@@ -12,7 +12,6 @@ from lessons import LESSONS, READMES, ROOT, block, config_table, defaults, load
 
 SEEDS = list(benchmark.SEEDS)
 READMES_BY_NAME = {str(path.relative_to(ROOT)): path for path in READMES}
-NOT_YET_TRIED = "6_GRPO_LLM"  # 它的試驗還沒有記錄，README 寫明了
 SETUP_COMMANDS = (
     r"git clone \S+( \S+)?",
     r"cd \S+",
@@ -178,7 +177,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, tmp_pat
     assert comparisons[0] == comparisons[1]
 
 
-@pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson != NOT_YET_TRIED])
+@pytest.mark.parametrize("lesson", LESSONS)
 def test_trials_block_equals_the_recorded_runs(lesson):
     rows, record = benchmark.trial_rows(lesson), recorded(lesson, "trials.json")
     assert record["defaults"] == defaults(lesson)
@@ -186,11 +185,6 @@ def test_trials_block_equals_the_recorded_runs(lesson):
     for runs in record["runs"].values():
         assert [run["seed"] for run in runs] == SEEDS
     assert block(text_of(f"{lesson}/README.md"), "trials") == benchmark.trials_table(lesson, rows, record)
-
-
-def test_trials_that_are_not_recorded_are_called_so():
-    assert not (ROOT / NOT_YET_TRIED / "figures" / "trials.json").exists()
-    assert "六列都還沒有記錄" in text_of(f"{NOT_YET_TRIED}/README.md")
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
