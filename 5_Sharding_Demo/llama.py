@@ -164,6 +164,6 @@ def cross_entropy(model: Transformer, inputs: jax.Array, targets: jax.Array) -> 
 
 
 def create(llama: Llama, learning_rate: float, seed: int | jax.Array) -> tuple[Transformer, nnx.Optimizer]:
-    # rbg 編譯得快；怎麼切，抽到的數字都一樣。在 TPU 上它可能讓每個裝置都抽完整個權重：大模型用預設的 threefry
+    # rbg 編譯得快；怎麼切，抽到的數字都一樣。每個裝置都先抽完一整個權重，再留下自己那一塊：大模型用預設的 threefry
     model = Transformer(llama, nnx.Rngs(jax.random.key(seed, impl="rbg")))
     return model, nnx.Optimizer(model, optax.adam(learning_rate), wrt=nnx.Param)

@@ -267,7 +267,7 @@ def distribute(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def initial_state(program: Program, config: Config) -> nnx.State:
-    """抽出起點的權重。照 program 切好：每個裝置只建立自己的那一塊，任何一個裝置都不必放下整個模型。"""
+    """抽出起點的權重。照 program 切好：每個裝置只留下自己的那一塊，任何一個裝置都不必放下整個模型。"""
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     build = jax.jit(lambda seed: nnx.state(create(config.llama, config.learning_rate, seed)), out_shardings=shardings)
     with rule_book(program.mesh, program.rules):

@@ -98,6 +98,7 @@ def connect(config) -> None:
     except RuntimeError as error:
         wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
         raise lesson.LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
+    take_signals()  # initialize 把 SIGTERM 換成它自己的，收到了也不結束
 
 
 def end_at_once() -> None:
@@ -105,8 +106,7 @@ def end_at_once() -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())  # 訊號一到，不等主執行緒，就寫進這裡
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(130))
+    take_signals()
 
     def wait() -> None:
         reader.recv(1)
@@ -114,6 +114,11 @@ def end_at_once() -> None:
 
     threading.Thread(target=wait, daemon=True).start()
     end_at_once.sockets = reader, writer
+
+
+def take_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
 
 
 def progress_bar(description: str, total: int, unit: str, progress: bool = True) -> tqdm:

@@ -22,7 +22,7 @@ MAX_FAKE_DEVICES = 64
 COUNT_FLAG = "--xla_force_host_platform_device_count"
 COUNT_VARIABLE = "JAX_NUM_CPU_DEVICES"  # 讀者自己用這兩個之一設了假裝置的個數，就照他的
 MESH_AXES = ("data", "model")
-# 每一種權重的每一個維度叫什麼名字；grpo_llm.py 建立權重時，名字就寫在權重旁邊。
+# 每一種權重的每一個維度叫什麼名字；model.py 建立權重時，名字就寫在權重旁邊。
 WEIGHTS = {
     "embed": ("vocab", "embed"),
     "positions": ("position", "embed"),
@@ -125,13 +125,19 @@ def start_devices(config) -> None:
 
 
 def connect(config) -> None:
-    """和其他行程連上。之後 Ctrl-C 照常中斷：只停下一個行程，其他的會永遠等它。"""
+    """和其他行程連上。從這裡起 Ctrl-C 與 SIGTERM 立刻結束：只停下一個行程，其他的會永遠等它。"""
+    end_at_once()
     jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
     try:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     except RuntimeError as error:
         wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
         raise LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
+    end_at_once()  # initialize 把 SIGTERM 換成它自己的，收到了也不結束
+
+
+def end_at_once() -> None:
+    """把訊號還給作業系統：主執行緒卡在 XLA 裡等別人時，也立刻結束。"""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
