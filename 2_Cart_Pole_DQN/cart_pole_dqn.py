@@ -55,7 +55,7 @@ class Config:
     """超參數的唯一來源：命令列、README 的表格與測試都讀這裡。"""
 
     seed: Annotated[int, (0, 2**32 - 1)] = 42  # 隨機種子 (seed)
-    total_steps: Annotated[int, (1, 10**9)] = 100_000  # 與環境互動的步數上限；達到停止條件就提早結束
+    total_steps: Annotated[int, (1, 10**9)] = 100_000  # 與環境互動幾步 (最多再多 num_envs - 1 步)；達到停止條件就提早停
     num_envs: Annotated[int, (1, 10**4)] = 16  # 同時進行的環境份數
     buffer_size: Annotated[int, (1, 10**7)] = 50_000  # 回放緩衝區的容量；滿了就蓋掉最舊的
     learning_starts: Annotated[int, (1, 10**9)] = 1_000  # 先收集幾步才開始學習
@@ -83,6 +83,8 @@ class Config:
         starts, every, newest = self.learning_starts, self.train_every, self.train_every + self.num_envs
         if starts > self.total_steps:
             raise ValueError(f"--learning-starts 是 {starts}；總共只走 {self.total_steps} 步，要在這以下")
+        if self.double and not self.target_network:
+            raise ValueError("--double 配上 --no-target-network；沒有第二張網路，兩者的目標相同，拿掉其中一個")
         if self.buffer_size < newest:
             right = f"要放得下一個學習階段的新資料，{newest} 筆以上 (train-every + num-envs)"
             raise ValueError(f"--buffer-size 是 {self.buffer_size}；{right}")
@@ -310,7 +312,8 @@ class Result:
 
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True) -> Result:
     """照 config 訓練一個智慧體；stop 被設定時，停在兩個學習階段之間。損失變成 NaN 或無限大就丟出 LessonError。"""
-    start, rng = time.perf_counter(), np.random.default_rng(config.seed)
+    # 探索與抽樣用另一支亂數：只給種子，和環境的起點就是同一串數字
+    start, rng = time.perf_counter(), np.random.default_rng([config.seed, 1])
     agent, buffer, collector = DQNAgent(config), ReplayBuffer(config.buffer_size), Collector(config, rng)
     history, step, rounds, perfect = extras.History(CURVE_EVERY), 0, 0, False
     learn_round = nnx.cached_partial(learn, agent)  # 智慧體只攤平一次，不是每個階段都攤平

@@ -332,7 +332,7 @@ class Result:
 
 
 def train(config: Config, stop=None, progress: bool = True) -> Result:
-    """照 config 訓練一個智慧體；stop 被設定時，停在兩次收集之間。"""
+    """照 config 訓練一個智慧體；stop 被設定時，停在兩次收集之間。損失變成 NaN 或無限大就丟出 LessonError。"""
     start, rng, size = time.perf_counter(), np.random.default_rng(config.seed), config.rollout_size
     agent, envs, buffer = make_agent(config), PendulumEnvs(config.num_envs, config.seed), RolloutBuffer()
     curve, outside_shares, env_steps, data_bytes = [], [], 0, 0

@@ -31,10 +31,8 @@ import mnist
 import numpy as np
 import optax
 from flax import nnx
-from tensorflow_probability.substrates import jax as tfp
+from tensorflow_probability.substrates.jax import distributions as tfd
 from tqdm import tqdm
-
-tfd = tfp.distributions
 
 DATA_DIR = Path(__file__).resolve().parent / "data" / "mnist_packed" / "1.0.0"
 TRAIN_IMAGES = 60_000
@@ -261,9 +259,8 @@ class GRPOAgent(nnx.Module):
 
     def learn(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """同一批學 K 遍；回傳每一遍的損失與越界的比率，各 (K,)。"""
-        passes = nnx.scan(lambda agent, _: (agent, agent.train_actor(batch)), in_axes=(nnx.Carry, 0))
-        _, log = passes(self, jnp.arange(self.train_epochs))
-        return log
+        one_pass, axes = lambda agent: (agent, agent.train_actor(batch)), (nnx.Carry, 0)
+        return nnx.scan(one_pass, length=self.train_epochs, in_axes=nnx.Carry, out_axes=axes)(self)[1]
 
 
 # 網路與最佳化器的狀態編譯成一次呼叫；亂數的 key 是輸入，換隨機種子不必重新編譯
@@ -314,6 +311,7 @@ def train(config: Config, data: mnist.Data, stop: threading.Event | None = None,
 
     Raises:
         LessonError: 損失變成 NaN 或無限大。
+        ValueError: 訓練集比一個批次還少。
     """
     start = time.perf_counter()
     rng, images = np.random.default_rng(config.seed), len(data.train.labels)

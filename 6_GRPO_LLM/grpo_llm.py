@@ -36,13 +36,12 @@ import task
 from axis_rules import constrain, distribute, replicate
 from flax import nnx
 from model import Transformer, answer_log_probs, answer_outputs
-from pretraining import check_finite, make_optimizer, pretrain, pretrain_steps, text_loss
+from pretraining import check_finite, make_keys, make_optimizer, pretrain, pretrain_steps, text_loss
 from task import ANSWER_LENGTH, PROMPT_LENGTH, Problems
 from tqdm import tqdm
 
 GREEDY_TARGET, SAMPLED_TARGET = 95.0, 88.0  # 訓練之後，測試題的正確率 (%)
 SAMPLING_ROUNDS = 4  # --dynamic-sampling 最多採樣幾次
-SUPERVISED_TEXTS = 2  # 對照組的一段文字平均只有採樣的答案一半長，所以給兩倍的段數
 PASS_PROMPTS, PASS_SAMPLES = 128, 32  # pass@k：幾題，一題幾個答案
 
 # 1. 超參數 -------------------------------------------------------------------------------------------
@@ -287,8 +286,8 @@ def collect(agent: GRPOAgent, prompts: jax.Array, sums: jax.Array, key: jax.Arra
 @functools.partial(nnx.jit, static_argnames="train_epochs")
 def learn(agent: GRPOAgent, batch: Batch, train_epochs: int) -> dict:
     """一個學習階段編譯成一次呼叫：同一批學 K 遍，然後丟棄。"""
-    update = nnx.scan(lambda agent, _: (agent, agent.train_actor(batch)), in_axes=(nnx.Carry, 0))
-    _, (losses, outside) = update(agent, jnp.arange(train_epochs))
+    one_pass, axes = lambda agent: (agent, agent.train_actor(batch)), (nnx.Carry, 0)
+    losses, outside = nnx.scan(one_pass, length=train_epochs, in_axes=nnx.Carry, out_axes=axes)(agent)[1]
     return {"loss": losses.mean(), "outside": outside[-1]}
 
 
@@ -302,7 +301,7 @@ def one_update(agent: GRPOAgent, problems: Problems, config: Config, key: jax.Ar
     """收集一批、學習、丟棄；回傳這個階段的紀錄。"""
     start = time.perf_counter()
     if config.algorithm == "supervised":
-        texts = problems.texts(config.train_epochs, *config.text_rows(SUPERVISED_TEXTS * config.rows))
+        texts = problems.texts(config.train_epochs, *config.text_rows(extras.SUPERVISED_TEXTS * config.rows))
         log = extras.supervised_log(pretrain_steps(agent.actor, agent.actor_optimizer, texts), texts)
         seconds["learn"] += time.perf_counter() - start
         return log
@@ -311,7 +310,8 @@ def one_update(agent: GRPOAgent, problems: Problems, config: Config, key: jax.Ar
     for i in range(1, SAMPLING_ROUNDS if config.dynamic_sampling else 1):
         if not extras.silent_groups(batch, config.num_prompts).any():
             break
-        more, more_log = collect(agent, *problems.prompts(config.num_prompts), jax.random.fold_in(key, i))
+        another_key = jax.random.fold_in(key, ANSWER_LENGTH + i)  # 前 ANSWER_LENGTH 支給了第一次採樣的詞元
+        more, more_log = collect(agent, *problems.prompts(config.num_prompts), another_key)
         batch = extras.keep_live(batch, more, config.num_prompts)
         tokens += float(more_log["length"]) * config.rows
     collected = time.perf_counter()
@@ -323,7 +323,7 @@ def one_update(agent: GRPOAgent, problems: Problems, config: Config, key: jax.Ar
 
 
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True, base=None) -> Result:
-    """預訓練 (給了 base 就不用)，再照 config 訓練；stop 被設定時停在兩個階段之間。"""
+    """預訓練 (給了 base 就不用)，再照 config 訓練；stop 被設定時停在兩個階段之間。損失變成 NaN 就丟出 LessonError。"""
     with on_mesh(config):
         start = time.perf_counter()
         if config.base:
@@ -332,11 +332,12 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
         agent = nnx.jit(lambda base: GRPOAgent(config, base))(base)
         seconds = {"pretrain": time.perf_counter() - start, "sample": 0.0, "learn": 0.0}
         result, problems = Result(base, agent, losses, seconds=seconds), Problems([config.seed, 1])
-        with tqdm(total=config.updates, desc="GRPO", unit="次", disable=None if progress else True) as bar:
+        *_, sample_key = make_keys(config.seed)
+        with tqdm(total=config.updates, desc="訓練", unit="次", disable=None if progress else True) as bar:
             while result.updates < config.updates and not (stop and stop.is_set()):
-                key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), result.updates)
+                key = jax.random.fold_in(sample_key, result.updates)
                 log = one_update(agent, problems, config, key, seconds)
-                check_finite(np.array([log["loss"]]), result.updates, "GRPO ")
+                check_finite(np.array([log["loss"]]), result.updates, "訓練")
                 for name, value in log.items():
                     result.curve[name].append(value)
                 result.updates += 1

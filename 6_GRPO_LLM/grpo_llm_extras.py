@@ -20,6 +20,7 @@ from lesson_extras import figure, interval, markdown_table, show_difference, sho
 
 PASS_KS = (1, 2, 4, 8, 16, 32)
 SHOWN_PROMPTS, SHOWN_ANSWERS = 3, 4
+SUPERVISED_TEXTS = 2  # 對照組的一段文字平均只有採樣的答案一半長，所以給兩倍的段數
 
 
 # 旗標 ------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def axis_sizes(config) -> list[tuple[str, int]]:
     sizes = {"vocab": task.VOCAB, "embed": config.embed_dim, "mlp": config.mlp_dim, "heads": config.num_heads}
     sizes |= {"head_dim": config.embed_dim // config.num_heads, "position": task.PROMPT_LENGTH + task.ANSWER_LENGTH}
     if config.algorithm == "supervised":
-        batches += config.text_rows(2 * config.rows)
+        batches += config.text_rows(SUPERVISED_TEXTS * config.rows)
     return [*sizes.items(), *(("batch", size) for size in batches)]
 
 
@@ -87,7 +88,7 @@ def keep_live(batch, more, groups: int):
 
 
 def supervised_log(losses: jax.Array, texts) -> dict:
-    """--algorithm supervised 的紀錄：沒有採樣，獎勵與長度都是文字自己的。"""
+    """--algorithm supervised 的紀錄：沒有採樣，長度與逐步作答的比率是文字自己的；reward、silent、outside 只是佔位。"""
     masks = [np.asarray(task.answer_mask(part[..., task.PROMPT_LENGTH :])) for part in texts]
     rows, tokens = sum(mask[..., 0].size for mask in masks), float(sum(mask.sum() for mask in masks))
     stepwise = sum(mask[..., 0].size for mask in masks if mask.shape[-1] == task.ANSWER_LENGTH)
@@ -170,7 +171,7 @@ def describe(base: dict, trained: dict) -> str:
     lines = []
     for prompt, before in base["examples"].items():
         lines.append(f"{prompt}")
-        for name, answers in (("基礎模型", before), ("GRPO 之後", trained["examples"][prompt])):
+        for name, answers in (("基礎模型", before), ("訓練之後", trained["examples"][prompt])):
             lines += [f"    {name}  {'對' if right else '錯'}  {answer}" for answer, right in answers]
     rows = []
     names = {"sampled": "採樣，對的 (%)", "greedy": "貪婪，對的 (%)"}
@@ -181,7 +182,7 @@ def describe(base: dict, trained: dict) -> str:
     for k in (1, 4, 32):
         rows.append([f"pass@{k} (%)", *(f"{x['pass_at_k'][k]:.1f}" for x in (base, trained))])
     rows.append(["預訓練的文字上的損失", *(f"{x['language_model_loss']:.3f}" for x in (base, trained))])
-    return "\n".join(lines) + "\n\n" + markdown_table(("測試題", "基礎模型", "GRPO 之後"), rows)
+    return "\n".join(lines) + "\n\n" + markdown_table(("測試題", "基礎模型", "訓練之後"), rows)
 
 
 # 圖 --------------------------------------------------------------------------------------------------
@@ -299,11 +300,14 @@ def comparison_table(rows: dict) -> str:
         cells += [f"{np.mean(row['length']):.1f}", f"{np.mean(row['step_by_step']):.0f} %"]
         quality.append([f"`{name}`", *cells, show_mean(row["language_model_loss"], "{:.2f}")])
         cells = [f"{of_last_updates(row['reward_curve']).mean():.1f}", f"{100 * np.mean(row['silent_curve']):.0f} %"]
-        cells += [f"{100 * np.mean(row['outside_curve']):.1f} %", f"{np.mean(row['tokens']) / 1e3:,.0f}"]
+        cells += [f"{100 * np.mean(row['outside_curve']):.1f} %"]
+        if name == "supervised":  # 沒有採樣，這三個數不是量的
+            cells = ["—"] * len(cells)
+        cells += [f"{np.mean(row['tokens']) / 1e3:,.0f}"]
         cells += [f"{np.median(row[f'{phase}_seconds']):.1f}" for phase in ("sample", "learn")]
         costs.append([f"`{name}`", *cells, f"{np.mean(row['state_bytes']) / 1e6:.1f}"])
     for name in (DEFAULT, "direct_only"):
-        for column, title in (("base_pass_at_k", "基礎模型"), ("pass_at_k", "GRPO 之後")):
+        for column, title in (("base_pass_at_k", "基礎模型"), ("pass_at_k", "訓練之後")):
             if name in rows:
                 means = np.mean(rows[name][column], axis=0)
                 passes.append([f"`{name}`，{title}", *(f"{mean:.1f}" for mean in means)])
@@ -371,7 +375,7 @@ def draw_forgetting(rows: dict, axes) -> None:
     betas = {"β = 0": DEFAULT, "β = 0.05": "beta_0.05", "β = 0.3": "beta_0.3"}
     betas = {label: name for label, name in betas.items() if name in rows}
     losses = [np.mean(rows[name]["language_model_loss"]) for name in betas.values()]
-    axes.bar(list(betas), losses, width=0.5, label="after GRPO")
+    axes.bar(list(betas), losses, width=0.5, label="after training")
     axes.axhline(np.mean(rows[DEFAULT]["base_language_model_loss"]), color="0.3", ls=":", label="base model")
     axes.set(ylabel="nat per answer token", title="forgetting: loss on the pretraining text")
 
@@ -398,6 +402,9 @@ def draw_differences(rows: dict, axes) -> None:
         axes.plot(difference.mean(), i, "o", color="C0")
     axes.axvline(0, color="0.3", lw=1)
     axes.set_xscale("symlog", linthresh=5)
+    ticks = [tick for tick in (-100, -50, -20, -5, 0, 5, 20, 50) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
     axes.set_yticks(range(len(names)), labels=names, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="percentage points (linear up to 5)", title="right, sampled: difference to default")

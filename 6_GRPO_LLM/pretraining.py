@@ -58,11 +58,16 @@ def pretrain_steps(model: Transformer, optimizer: nnx.Optimizer, texts: tuple[ja
     return nnx.scan(step, in_axes=(nnx.Carry, 0))((model, optimizer), texts)[1]
 
 
+def make_keys(seed: int) -> jax.Array:
+    """初始的權重、評論家的輸出層、採樣，各一支互不相干的亂數。"""
+    return jax.random.split(jax.random.key(seed, impl="rbg"), 3)  # rbg：採樣與編譯都比 JAX 預設的產生器快
+
+
 def pretrain(config, stop: threading.Event | None, progress: bool) -> tuple[Transformer, list[float]]:
     """從亂數開始的基礎模型，與每一步的損失；stop 被設定時停在兩段之間。"""
     problems, losses = Problems([config.seed, 0]), []
-    key = jax.random.key(config.seed, impl="rbg")  # rbg：採樣與編譯都比 JAX 預設的產生器快
-    model = nnx.jit(lambda key: Transformer(config, nnx.Rngs(key)))(key)
+    init_key, *_ = make_keys(config.seed)
+    model = nnx.jit(lambda key: Transformer(config, nnx.Rngs(key)))(init_key)
     tx = make_optimizer(config.pretrain_learning_rate, config.pretrain_steps, warmup=config.pretrain_steps // 20)
     optimizer = nnx.jit(lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param))(model)
     with tqdm(total=config.pretrain_steps, desc="預訓練", unit="步", disable=None if progress else True) as bar:

@@ -109,6 +109,7 @@ WRONG = {
         "--buffer-size 100",
         "--no-replay --updates-per-train 50",
         "--no-replay --learning-starts 100",
+        "--double --no-target-network",
         "--watch no-such-file.npz",
         "--learning-rate 0",
         "--total-steps 1000000000000000000",
