@@ -64,7 +64,7 @@ class Config:
     pretrain_learning_rate: Annotated[float, (1e-8, 1)] = 3e-3  # 預訓練的學習率：暖身，再照餘弦降到 0
     num_prompts: Annotated[int, (1, 4096)] = 32  # 一批有幾個不同的提示
     group_size: Annotated[int, (1, 1024)] = 8  # 每個提示採樣幾個答案 (G)
-    updates: Annotated[int, (1, 10**6)] = 36  # 收集與學習幾個階段
+    updates: Annotated[int, (1, 10**6)] = 36  # 收集與學習幾個階段；一個階段更新 train_epochs 次
     train_epochs: Annotated[int, (1, 1000)] = 1  # 同一批答案學幾遍 (K)
     learning_rate: Annotated[float, (1e-8, 1)] = 3e-4  # Adam 的學習率
     anneal_learning_rate: bool = False  # 學習率照餘弦降到 0
