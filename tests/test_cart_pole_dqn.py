@@ -1,6 +1,7 @@
 """第 2 課的數學對照獨立的算法，以及完整的預設執行。"""
 
 import collections
+import copy
 import dataclasses
 import itertools
 import json
@@ -462,6 +463,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith("錯誤：第 ")
     assert result.stderr.endswith(" 步的損失不是有限的數；把學習率調小再試\n")
+
+
+def test_exploration_is_not_drawn_from_the_stream_of_the_starts(monkeypatch):
+    """Gymnasium 的起點是 default_rng(seed) 的數字；探索與抽樣一個都不和它共用。"""
+    drawn, collector = [], dqn.Collector
+
+    def spy(config, rng):
+        drawn.extend(copy.deepcopy(rng).random(100))
+        return collector(config, rng)
+
+    config = small_config(seed=3)
+    monkeypatch.setattr(dqn, "Collector", spy)
+    dqn.train(config, progress=False)
+    stream = np.random.default_rng(3).random(100)
+    starts, _ = dqn.make_envs(3).reset(seed=3)
+    np.testing.assert_allclose(np.sort(starts.ravel()), np.sort(stream[:12] / 10 - 0.05), rtol=1e-5)
+    assert not np.isin(drawn, stream).any()
 
 
 def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):

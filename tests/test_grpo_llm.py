@@ -284,6 +284,7 @@ def weights_of(module) -> dict:
 
 def test_eight_devices_find_what_one_finds(trained):
     one, eight = trained["1x1"], trained["4x2"]
+    assert 0 < one.curve["reward"][0] < 1
     np.testing.assert_allclose(one.pretrain_losses, eight.pretrain_losses, rtol=1e-4)
     for name in ("reward", "length", "step_by_step", "silent", "tokens"):
         assert one.curve[name] == eight.curve[name], name  # 每一個詞元都一樣
@@ -334,6 +335,22 @@ def test_dynamic_sampling_keeps_the_groups_that_speak():
     np.testing.assert_array_equal(kept.advantages[:, 0], [1, -1, 2, -2, 3, -3])
     np.testing.assert_array_equal(kept.tokens, [102, -97, 202, -197, 304, -295])
     assert list(extras.silent_groups(old, 3)) == [True, False, True]
+
+
+def test_no_two_draws_share_a_key(monkeypatch):
+    """初始的權重、評論家、每一次採樣的每個詞元，亂數的 key 都不同；重新採樣的也是。"""
+    keys, collect = list(llm.make_keys(2)[:2]), llm.collect
+
+    def spy(agent, prompts, sums, key):
+        keys.extend([key, *jax.random.split(key, task.ANSWER_LENGTH)])
+        return collect(agent, prompts, sums, key)
+
+    monkeypatch.setattr(llm, "collect", spy)
+    monkeypatch.setattr(extras, "silent_groups", lambda *_: np.array([True]))  # 永遠要再採樣
+    monkeypatch.setattr(extras, "keep_live", lambda batch, *_: batch)
+    llm.train(small(dynamic_sampling=True), progress=False)
+    assert len(keys) == 2 + 2 * llm.SAMPLING_ROUNDS * (1 + task.ANSWER_LENGTH)
+    assert len(np.unique([jax.random.key_data(key) for key in keys], axis=0)) == len(keys)
 
 
 @pytest.mark.parametrize(
