@@ -375,13 +375,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(lesson: str, flags: str | list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+def run(
+    lesson: str, flags: str | list[str], cwd: Path, timeout: float = 240, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """像使用者一樣執行一課；工作目錄是 cwd，不是專案的根目錄。"""
     arguments = flags.split() if isinstance(flags, str) else flags
-    command = [sys.executable, str(script(lesson)), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=timeout
-    )
+    command, env = [sys.executable, str(script(lesson)), *arguments], environment() | (variables or {})
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=timeout)
+
+
+def run_default(lesson: str, cwd: Path) -> subprocess.CompletedProcess:
+    """整個預設的執行，結果在 cwd/out；編譯的最佳化全部都做，和使用者的一樣 (別的測試不做，見 conftest.py)。"""
+    return run(lesson, "--out-dir out", cwd, timeout=900, variables={"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
 
 
 def metrics(out_dir: Path) -> dict:
