@@ -589,10 +589,21 @@ def test_ctrl_c_before_the_first_step_trains_nothing_and_one_during_it_keeps_it(
     assert len(results["single"].losses) == 2
 
 
-def start_process(flags, cwd, **options):
-    command = [sys.executable, str(script("5_Sharding_Demo")), *flags.split()]
+def start_process(flags, cwd, lesson="5_Sharding_Demo", **options):
+    command = [sys.executable, str(script(lesson)), *flags.split()]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"} | options
     return subprocess.Popen(command, cwd=cwd, env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": "0"}, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize("flags", ["", "--ledger llama3-70b"])
@@ -618,14 +629,21 @@ def test_ctrl_c_while_programs_are_compiled_writes_nothing(flags, tmp_path):
     assert written == [] if "沒有寫任何檔案" in out else flags and "編譯了" in out
 
 
-def test_ctrl_c_ends_one_of_several_processes_at_once(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("lesson", ["5_Sharding_Demo", "6_GRPO_LLM"])
+def test_a_signal_ends_one_of_several_processes_at_once(lesson, number, tmp_path):
     """第 0 個行程在等第 1 個，主執行緒卡在 C++ 裡；不必等到五分鐘的時限。"""
-    process = start_process(f"--coordinator 127.0.0.1:{free_port()} --num-processes 2 --out-dir out", tmp_path)
-    time.sleep(15)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    port = free_port()
+    flags = f"--coordinator 127.0.0.1:{port} --num-processes 2 --out-dir out"
+    process, deadline = start_process(flags, tmp_path, lesson), time.monotonic() + 120
+    while not answers(port):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(1)  # 接起電話之後，才開始等別人
+    process.send_signal(number)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == (130 if lesson == "5_Sharding_Demo" else -number)
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
@@ -663,12 +681,6 @@ def test_a_readme_edited_during_the_run_changes_no_strategy(monkeypatch):
     monkeypatch.setattr(demo, "read_text", lambda: np.split(next(texts), [18_000]))
     results = demo.train(small_config(strategies=("data",), num_kv_heads=8), progress=False)
     np.testing.assert_allclose(results["data"].losses, results["single"].losses, rtol=demo.TARGET_DIFFERENCE)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_processes_find_the_losses_of_one(tmp_path):
