@@ -350,6 +350,9 @@ HIGHER_IS_BETTER = {
 }  # 試驗表的「最差」往哪邊找
 
 
+OF_PYTEST = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # conftest.py 設的，只給 pytest 自己的行程
+
+
 def script(lesson: str) -> Path:
     """這一課要執行的腳本；資料夾裡其他的 .py 是它匯入的。"""
     return ROOT / lesson / SCRIPTS[lesson]
@@ -365,9 +368,9 @@ def load(lesson: str) -> ModuleType:
 def environment() -> dict[str, str]:
     """子行程的環境：碰到網路就以狀態 97 結束 (見 no_network/sitecustomize.py)；編譯過的程式在測試之間共用。
 
-    XLA_FLAGS 不傳下去：pytest 自己的假裝置 (見 conftest.py) 不關子行程的事。
+    pytest 自己的假裝置與編譯設定 (見 conftest.py) 不傳下去：子行程和使用者的一樣。
     """
-    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+    return {name: value for name, value in os.environ.items() if name not in OF_PYTEST} | {
         "PYTHONPATH": str(ROOT / "tests" / "no_network"),
         "PYTHONUTF8": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
@@ -375,18 +378,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(
-    lesson: str, flags: str | list[str], cwd: Path, timeout: float = 240, variables: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
+def run(lesson: str, flags: str | list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
     """像使用者一樣執行一課；工作目錄是 cwd，不是專案的根目錄。"""
     arguments = flags.split() if isinstance(flags, str) else flags
-    command, env = [sys.executable, str(script(lesson)), *arguments], environment() | (variables or {})
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=timeout)
-
-
-def run_default(lesson: str, cwd: Path) -> subprocess.CompletedProcess:
-    """整個預設的執行，結果在 cwd/out；編譯的最佳化全部都做，和使用者的一樣 (別的測試不做，見 conftest.py)。"""
-    return run(lesson, "--out-dir out", cwd, timeout=900, variables={"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
+    command = [sys.executable, str(script(lesson)), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=timeout
+    )
 
 
 def metrics(out_dir: Path) -> dict:

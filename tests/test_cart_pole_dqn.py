@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
-from lessons import load, metrics, run, run_default
+from lessons import load, metrics, run
 from matplotlib.figure import Figure
 
 dqn = load("2_Cart_Pole_DQN")
@@ -483,7 +483,7 @@ def test_exploration_is_not_drawn_from_the_stream_of_the_starts(monkeypatch):
 
 
 def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
-    result = run_default("2_Cart_Pole_DQN", tmp_path)
+    result = run("2_Cart_Pole_DQN", "--out-dir out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(("達到停止條件：", "用完步數的預算："))
     assert result.stdout.splitlines()[-2].startswith("達標：")

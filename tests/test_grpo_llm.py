@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
-from lessons import environment, load, metrics, run, run_default, script
+from lessons import environment, load, metrics, run, script
 
 llm = load("6_GRPO_LLM")
 task, critic, axis_rules, extras = llm.task, llm.critic, llm.axis_rules, llm.extras
@@ -495,7 +495,7 @@ def test_the_comparison_shows_what_was_recorded(tmp_path):
 
 def test_default_run_reaches_the_target(tmp_path):
     """整個預設的執行：基礎模型一半以上不對，GRPO 之後幾乎全對，而且是因為改用逐步作答。"""
-    result = run_default("6_GRPO_LLM", tmp_path)
+    result = run("6_GRPO_LLM", "--out-dir out", tmp_path, timeout=900)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2].startswith("達標：")
     recorded = metrics(tmp_path / "out")

@@ -23,7 +23,7 @@ import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
-from lessons import ROOT, load, metrics, run_default
+from lessons import ROOT, load, metrics, run
 
 grpo = load("4_GRPO_MNIST")
 extras, mnist, lesson = grpo.extras, grpo.mnist, grpo.lesson
@@ -674,7 +674,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, beta, advice, monkeypatch
 
 
 def test_default_run_reaches_the_target(data, tmp_path):
-    result = run_default("4_GRPO_MNIST", tmp_path)
+    result = run("4_GRPO_MNIST", "--out-dir out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("達標：")
     recorded = metrics(tmp_path / "out")

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
-from lessons import environment, load, metrics, run, run_default, script
+from lessons import environment, load, metrics, run, script
 
 LESSON = "3_Pendulum"
 pendulum = load(LESSON)
@@ -537,7 +537,7 @@ def test_no_warning_while_the_packages_are_imported(tmp_path):
 
 
 def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
-    result = run_default(LESSON, tmp_path)
+    result = run(LESSON, "--out-dir out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("達標：")
     assert result.stderr == ""

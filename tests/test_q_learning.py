@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from hypothesis import given, settings
-from lessons import load, metrics, run, run_default, script
+from lessons import load, metrics, run, script
 
 q_learning = load("1_Q_Learning")
 extras = q_learning.extras
@@ -219,7 +219,7 @@ def test_every_seed_reaches_the_exact_optimum(seed):
 
 
 def test_default_run_reaches_the_target(tmp_path):
-    result = run_default("1_Q_Learning", tmp_path)
+    result = run("1_Q_Learning", "--out-dir out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2].startswith("達標：")
     recorded = metrics(tmp_path / "out")

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from flax.core.spmd import get_pspec
 from hypothesis import given, settings
-from lessons import ROOT, SHORT, block, defaults, environment, load, metrics, run_default, script
+from lessons import ROOT, SHORT, block, defaults, environment, load, metrics, run, script
 
 demo = load("5_Sharding_Demo")
 llama_file = importlib.import_module("llama")
@@ -717,7 +717,7 @@ def test_two_processes_find_the_losses_of_one(tmp_path):
 
 
 def test_default_run_reaches_the_target(tmp_path):
-    result = run_default("5_Sharding_Demo", tmp_path)
+    result = run("5_Sharding_Demo", "--out-dir out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2].startswith("達標：5 種策略")
     recorded = metrics(tmp_path / "out")
