@@ -24,8 +24,7 @@ class Run:
     def __init__(self, name: str, script: str):
         self.started, self.stop, self.handlers = time.perf_counter(), threading.Event(), {}
         if name == "__main__" and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.interrupt) or signal.SIG_DFL
+            self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         if name == "__main__" and not NOTEBOOK:
             sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
             sys.stdout.reconfigure(errors="replace")  # 印不出中文的終端機看到問號
@@ -57,7 +56,7 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
             for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
                 atexit.register(signal.signal, number, signal.SIG_IGN)  # Python 收攤的時候按，事情已經做完了
 
     def require_learnt(self, learnt) -> None:
@@ -103,10 +102,11 @@ def parse(config_class, description: str):
     config = tyro.cli(config_class, description=description)
     if getattr(config, "compare", False) and config.seed != config_class.seed:
         raise LessonError("--compare 與 --seed 一起用；--compare 跑固定的十個隨機種子，不要寫 --seed", 2)
-    place = next(path for path in [config.out_dir.absolute(), *config.out_dir.absolute().parents] if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise LessonError(f"--out-dir {config.out_dir} 寫不進去；要是可以寫入的資料夾", 2)
-    return config
+    with contextlib.suppress(OSError):  # 名字太長，或工作目錄被刪了，也是寫不進去
+        place = next(path for path in [config.out_dir.absolute(), *config.out_dir.absolute().parents] if path.exists())
+        if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+            return config
+    raise LessonError(f"--out-dir {config.out_dir} 寫不進去；要是可以寫入的資料夾", 2)
 
 
 def find_devices() -> list:

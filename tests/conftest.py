@@ -1,13 +1,34 @@
 """pytest 的設定：編譯讓第一個例子特別慢，所以 hypothesis 不限時間；例子固定，每次測一樣的。"""
 
 import os
+import sys
 
 import hypothesis
 import lessons
+import pytest
 
 os.environ |= {key: value for key, value in lessons.environment().items() if key.startswith("JAX_")}
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # 測試的程式很小，編譯比執行久；子行程不這樣
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # 第 5 課要八個假裝置；要在 JAX 啟動之前
+devices = "--xla_force_host_platform_device_count=8"  # 第 5 課要八個假裝置；要在 JAX 啟動之前
+os.environ["XLA_FLAGS"] = f"{devices} --xla_cpu_use_fusion_emitters=false"
 
 hypothesis.settings.register_profile("lessons", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lessons")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """在這個行程裡執行一課的 main：使用者的行程沒有差別的，例如被拒絕的旗標。回傳 (結束狀態, stdout, stderr)。"""
+
+    def call(lesson: str, flags: str) -> tuple[int, str, str]:
+        module = lessons.load(lesson)
+        monkeypatch.setattr(sys, "argv", [lessons.SCRIPTS[lesson], *flags.split()])
+        capsys.readouterr()
+        status = 0
+        try:
+            module.RUN(module.main)
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        return status, *capsys.readouterr()
+
+    return call

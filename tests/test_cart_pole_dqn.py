@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
-from lessons import load, metrics, run
+from lessons import environment, load, metrics, run
 from matplotlib.figure import Figure
 
 dqn = load("2_Cart_Pole_DQN")
@@ -458,11 +458,11 @@ def test_weights_survive_saving_and_loading(tmp_path):
         assert np.array_equal(weights(getattr(agent, network)), weights(getattr(other, network)))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    result = run("2_Cart_Pole_DQN", "--learning-rate 1e30 --total-steps 1200 --out-dir out", tmp_path)
-    assert result.returncode == 1
-    assert result.stderr.startswith("錯誤：第 ")
-    assert result.stderr.endswith(" 步的損失不是有限的數；把學習率調小再試\n")
+def test_a_loss_that_is_not_finite_stops_the_run(call, tmp_path):
+    status, _, err = call("2_Cart_Pole_DQN", f"--learning-rate 1e30 --total-steps 1200 --out-dir {tmp_path / 'out'}")
+    assert status == 1
+    assert err.startswith("錯誤：第 ")
+    assert err.endswith(" 步的損失不是有限的數；把學習率調小再試\n")
 
 
 def test_exploration_is_not_drawn_from_the_stream_of_the_starts(monkeypatch):
@@ -482,8 +482,8 @@ def test_exploration_is_not_drawn_from_the_stream_of_the_starts(monkeypatch):
     assert not np.isin(drawn, stream).any()
 
 
-def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
-    result = run("2_Cart_Pole_DQN", "--out-dir out", tmp_path)
+def test_default_run_reaches_the_target_and_can_be_watched(call, tmp_path, monkeypatch):
+    result = run("2_Cart_Pole_DQN", "--out-dir out", tmp_path, environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(("達到停止條件：", "用完步數的預算："))
     assert result.stdout.splitlines()[-2].startswith("達標：")
@@ -495,11 +495,12 @@ def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
     files = {"learning_curve.png", "q_values.png", "agent.gif", "weights.npz", "metrics.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
-    watched = run("2_Cart_Pole_DQN", "--watch out/weights.npz --out-dir watched", tmp_path)
+    watched = run("2_Cart_Pole_DQN", "--watch out/weights.npz --out-dir watched", tmp_path, environment())
     assert watched.returncode == 0, watched.stderr
     assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.npz").write_bytes(b"not weights")
     for flags in ("--watch broken.npz", "--watch out/weights.npz --hidden-size 32"):
-        refused = run("2_Cart_Pole_DQN", flags, tmp_path)
-        assert refused.returncode == 2, refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
+        status, _, err = call("2_Cart_Pole_DQN", flags)
+        assert status == 2, err
+        assert len(err.splitlines()) == 1

@@ -13,7 +13,7 @@ import time
 
 import lessons
 import pytest
-from lessons import EVERY_FLAG, LESSONS, ROOT, SHORT, WRONG, load, metrics, run, script
+from lessons import EVERY_FLAG, LESSONS, LONG, ROOT, SHORT, WRONG, load, metrics, run, script
 
 SHARED = ("lesson.py", "lesson_extras.py")
 MOST_LINES = {"1_Q_Learning": 300}  # 其餘的 400
@@ -21,26 +21,9 @@ MOST_LINES = {"1_Q_Learning": 300}  # 其餘的 400
 pytestmark = pytest.mark.parametrize("lesson", LESSONS)
 
 
-@pytest.fixture
-def call(lesson, monkeypatch, capsys):
-    """在這個行程裡執行這一課的 main；回傳 (結束狀態, stdout, stderr)。"""
-
-    def call(flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [script(lesson).name, *flags.split()])
-        capsys.readouterr()
-        status = 0
-        try:
-            load(lesson).RUN(load(lesson).main)
-        except SystemExit as stopped:
-            status = stopped.code or 0
-        return status, *capsys.readouterr()
-
-    return call
-
-
 def test_help_explains_every_flag(lesson, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, out, _ = call("--help")
+    status, out, _ = call(lesson, "--help")
     assert status == 0
     text = "".join(out.split())
     for name, _, doc in lessons.config_fields(lesson):
@@ -71,7 +54,7 @@ def test_every_flag_runs(lesson, tmp_path):
 def test_wrong_values_are_refused_before_anything_is_written(lesson, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags in WRONG[lesson]:
-        status, out, err = call(f"{flags} --out-dir out")
+        status, out, err = call(lesson, f"{flags} --out-dir out")
         assert status == 2, flags
         assert out == "", flags
         assert "；" in err or "--help" in err, err  # 我們的句子，或 tyro 的 (附上最像的旗標與 --help)
@@ -88,12 +71,12 @@ def test_an_unwritable_out_dir_is_refused_as_a_user_sees_it(lesson, tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_learnt(lesson, tmp_path):
-    """在終端機裡跑預設設定，看到進度之後按一次 Ctrl-C。"""
+    """在終端機裡跑很久的訓練，看到進度之後按一次 Ctrl-C。"""
     terminal, child_side = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 120))  # 寬度是 0 的終端機，tqdm 什麼都不畫
     process = subprocess.Popen(
-        [sys.executable, str(script(lesson)), "--out-dir", "out"], cwd=tmp_path, env=lessons.environment(),
-        stdout=subprocess.PIPE, stderr=child_side, text=True, encoding="utf-8",
+        [sys.executable, str(script(lesson)), *LONG[lesson].split(), "--out-dir", "out"], cwd=tmp_path,
+        env=lessons.short_environment(), stdout=subprocess.PIPE, stderr=child_side, text=True, encoding="utf-8",
     )  # fmt: skip
     os.close(child_side)
     seen, deadline = b"", time.monotonic() + 120
@@ -126,7 +109,7 @@ def test_one_seed_gives_one_result_also_when_the_folder_stands_alone(lesson, tmp
     for path in (script(lesson), alone / script(lesson).name):
         flags = f"{SHORT[lesson]} --seed 3 --out-dir {len(recorded)}".split()
         command = [sys.executable, str(path), *flags]
-        result = subprocess.run(command, cwd=tmp_path, env=lessons.environment(), capture_output=True, text=True)
+        result = subprocess.run(command, cwd=tmp_path, env=lessons.short_environment(), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         recorded.append(metrics(tmp_path / str(len(recorded))))
     for record in recorded:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
-from lessons import environment, load, metrics, run, script
+from lessons import environment, load, metrics, run, script, short_environment
 
 llm = load("6_GRPO_LLM")
 task, critic, axis_rules, extras = llm.task, llm.critic, llm.axis_rules, llm.extras
@@ -399,7 +399,7 @@ def test_two_processes_find_the_tokens_of_one(trained, tmp_path):
     processes = [
         subprocess.Popen(
             [*command, f"--process-id={i}", f"--out-dir=out{i}"],
-            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            cwd=tmp_path, env=short_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         )
         for i in range(2)
     ]  # fmt: skip
@@ -417,11 +417,12 @@ def test_two_processes_find_the_tokens_of_one(trained, tmp_path):
         assert together["curve"][name] == trained["1x1"].curve[name]
 
 
-def test_a_missing_base_is_refused_in_one_sentence(tmp_path):
-    result = run("6_GRPO_LLM", "--base nothing.npz --out-dir out", tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith("錯誤：--base nothing.npz 讀不出這一課的權重")
-    assert len(result.stderr.splitlines()) == 1
+def test_a_missing_base_is_refused_in_one_sentence(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call("6_GRPO_LLM", "--base nothing.npz --mesh 1x1 --out-dir out")
+    assert status == 2
+    assert err.startswith("錯誤：--base nothing.npz 讀不出這一課的權重")
+    assert len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -495,7 +496,7 @@ def test_the_comparison_shows_what_was_recorded(tmp_path):
 
 def test_default_run_reaches_the_target(tmp_path):
     """整個預設的執行：基礎模型一半以上不對，GRPO 之後幾乎全對，而且是因為改用逐步作答。"""
-    result = run("6_GRPO_LLM", "--out-dir out", tmp_path, timeout=900)
+    result = run("6_GRPO_LLM", "--out-dir out", tmp_path, environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2].startswith("達標：")
     recorded = metrics(tmp_path / "out")

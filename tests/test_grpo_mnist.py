@@ -674,7 +674,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, beta, advice, monkeypatch
 
 
 def test_default_run_reaches_the_target(data, tmp_path):
-    result = run("4_GRPO_MNIST", "--out-dir out", tmp_path)
+    result = run("4_GRPO_MNIST", "--out-dir out", tmp_path, lessons.environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("達標：")
     recorded = metrics(tmp_path / "out")

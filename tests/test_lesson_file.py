@@ -39,7 +39,7 @@ def leave_nothing_running():
 def start(name: str, flags: str, cwd, environment: dict | None = None, **options) -> subprocess.Popen:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     command = [sys.executable, str(script(name)), *flags.split()]
-    STARTED.append(subprocess.Popen(command, cwd=cwd, env=lessons.environment() | (environment or {}), **options))
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=lessons.short_environment() | (environment or {}), **options))
     return STARTED[-1]
 
 
@@ -97,6 +97,21 @@ def test_bounds_are_closed_and_nan_is_outside():
     for value in (-1e-9, 1.0000001, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"^--gamma 是 .*；要在 0 與 1 之間$"):
             config_class(gamma=value)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "out_dir"),
+    [("true", "x" * 300), ("true", f"{'x' * 300}/out"), ("mkdir gone; cd gone; rmdir ../gone", "out")],
+)
+def test_an_out_dir_that_cannot_exist_is_refused_before_any_work(prepare, out_dir, tmp_path):
+    """名字長過檔案系統的上限；工作目錄在執行之前被刪了。"""
+    command = f"{prepare}; exec {sys.executable} {script(LESSON)} --out-dir {out_dir}"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=lessons.environment(), capture_output=True, encoding="utf-8"
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"錯誤：--out-dir {out_dir} 寫不進去；要是可以寫入的資料夾\n"
+    assert not list(tmp_path.iterdir())
 
 
 # 輸出：關掉的、被拿走的、沒有空間的
@@ -299,7 +314,7 @@ def test_in_a_jupyter_kernel(tmp_path):
     runs = [(str(script(name)), f"{SHORT[name]} --out-dir {tmp_path / name}") for name in lessons.LESSONS]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.format(runs=runs))])
     client = nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(env=lessons.environment() | {"PYTHONPATH": ""})
+    client.execute(env=lessons.short_environment() | {"PYTHONPATH": ""})
     printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
     ready = next(line for line in printed.splitlines() if line.startswith("READY 50 "))
     assert "inline" in ready

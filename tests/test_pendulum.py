@@ -536,8 +536,8 @@ def test_no_warning_while_the_packages_are_imported(tmp_path):
     assert "jax.core" not in result.stderr
 
 
-def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
-    result = run(LESSON, "--out-dir out", tmp_path)
+def test_default_run_reaches_the_target_and_can_be_watched(call, tmp_path, monkeypatch):
+    result = run(LESSON, "--out-dir out", tmp_path, environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("達標：")
     assert result.stderr == ""
@@ -549,12 +549,13 @@ def test_default_run_reaches_the_target_and_can_be_watched(tmp_path):
     files = {"learning_curve.png", "clipped_objective.png", "agent.gif", "weights.npz", "metrics.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
-    watched = run(LESSON, "--watch out/weights.npz --out-dir watched", tmp_path)
+    watched = run(LESSON, "--watch out/weights.npz --out-dir watched", tmp_path, environment())
     assert watched.returncode == 0, watched.stderr
     assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.npz").write_bytes(b"not weights")
     for flags in ("--watch broken.npz", "--watch out/weights.npz --hidden-size 32"):
-        refused = run(LESSON, flags, tmp_path)
-        assert refused.returncode == 2, refused.stderr
-        assert refused.stderr.startswith(f"錯誤：{flags.split(' --hidden')[0]} 讀不出這一課的權重")
-        assert len(refused.stderr.splitlines()) == 1
+        status, _, err = call(LESSON, flags)
+        assert status == 2, err
+        assert err.startswith(f"錯誤：{flags.split(' --hidden')[0]} 讀不出這一課的權重")
+        assert len(err.splitlines()) == 1
