@@ -4,7 +4,7 @@
 
     python 2_Cart_Pole_DQN/cart_pole_dqn.py                        訓練 DQN，評估 100 個回合，畫圖
     python 2_Cart_Pole_DQN/cart_pole_dqn.py --no-target-network    拿掉一個穩定器
-    python 2_Cart_Pole_DQN/cart_pole_dqn.py --compare              穩定器的四種組合與 Double DQN，各十個隨機種子
+    python 2_Cart_Pole_DQN/cart_pole_dqn.py --compare              穩定器的四種組合、Double DQN 與分格的表，各十個種子
     python 2_Cart_Pole_DQN/cart_pole_dqn.py --watch 2_Cart_Pole_DQN/outputs/weights.npz    看訓練好的智慧體
 
 結果在 outputs/：learning_curve.png、q_values.png、agent.gif、weights.npz、metrics.json。
@@ -73,7 +73,7 @@ class Config:
     target_network: bool = True  # 目標網路；關掉時，線上網路自己算目標
     double: bool = False  # Double DQN：線上網路挑動作，目標網路估它的價值
     early_stop: bool = True  # 貪婪檢查的 100 個回合全部滿分就停
-    compare: bool = False  # 穩定器的四種組合與 Double DQN，各跑十個隨機種子，畫在一起
+    compare: bool = False  # 穩定器的四種組合、Double DQN 與分格的表，各跑十個隨機種子，畫在一起
     watch: Path | None = None  # 載入這個權重檔，看智慧體玩一個回合，不訓練
     out_dir: Path = Path(__file__).resolve().parent / "outputs"  # 結果放在哪裡
 
@@ -374,7 +374,7 @@ def main() -> None:
     if config.watch:
         return extras.watch(extras.play, DQNAgent(config), config)
     if config.compare:
-        return extras.compare(RUN, config, train, evaluate, EVAL_SEED)
+        return extras.compare(RUN, config, train, evaluate, EVAL_SEED, (ReplayBuffer, Collector, next_batches))
     result = train(config, RUN.stop)
     RUN.require_learnt(result.rounds)
     returns, _ = evaluate(result.agent, EVAL_SEED + config.seed)

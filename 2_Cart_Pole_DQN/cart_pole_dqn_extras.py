@@ -11,6 +11,7 @@ from unittest import mock
 import gymnasium as gym
 import jax
 import numpy as np
+from binned_table import BINS, train_table
 from flax import nnx
 
 import lesson_extras
@@ -207,12 +208,24 @@ def discounted_return(returns: np.ndarray, gamma: float) -> np.ndarray:
     return np.where(returns >= EPISODE_STEPS, 1.0, 1 - gamma**returns) / (1 - gamma)
 
 
-def compare(run, config, train, evaluate, eval_seed: int) -> None:
+def compare(run, config, train, evaluate, eval_seed: int, collecting: tuple) -> None:
+    """collecting 是腳本的 ReplayBuffer、Collector、next_batches：分格的表和網路用同一份程式收集資料。"""
+    make_buffer, make_collector, next_batches = collecting
+    methods = variants(config)
+
+    def measure_table(bins: int, variant) -> dict:
+        """同樣的設定，網路換成每個維度 bins 格的表：評估的平均回報，學過的格子佔多少。"""
+        rng, buffer = np.random.default_rng([variant.seed, 1]), make_buffer(variant.buffer_size)
+        table = train_table(bins, variant, buffer, make_collector(variant, rng), next_batches, rng, run.stop)
+        returns, _ = evaluate(table, eval_seed + variant.seed)
+        return {"eval_mean": float(returns.mean()), "learnt_share": table.learnt_share()}
+
     def measure(variant) -> dict:
         """一次訓練：曲線，交出去的策略的回報，它以為的價值 (max Q) 與真正的折扣回報。"""
         result = train(variant, run.stop, progress=False)
         if result.interrupted:
             return {}
+        has_tables = variant == replace(methods["replay + target"], seed=variant.seed)
         returns, start_q = evaluate(result.agent, eval_seed + variant.seed)
         untrained, _ = evaluate(type(result.agent)(variant), eval_seed + variant.seed)
         return {
@@ -223,13 +236,14 @@ def compare(run, config, train, evaluate, eval_seed: int) -> None:
             "start_q": float(start_q.mean()),
             "true_returns": float(discounted_return(returns, variant.gamma).mean()),
             "gamma": variant.gamma,
+            **({"tables": [measure_table(bins, variant) for bins in BINS]} if has_tables else {}),
         }
 
-    lesson_extras.compare(run, config, variants(config), measure, comparison_table, draw_comparison)
+    lesson_extras.compare(run, config, methods, measure, comparison_table, draw_comparison)
 
 
 def comparison_table(rows: dict) -> str:
-    """差是和第一列同一個種子相減；高估是起點的 max Q 減去同一批回合真正的折扣回報。最後一列是還沒有訓練的網路。"""
+    """差是和第一列同一個種子相減；高估是起點的 max Q 減去同一批回合真正的折扣回報。最後是未訓練的網路與分格的表。"""
     lines, first = [], next(iter(rows.values()))
     for name, row in rows.items():
         training = [np.mean([value for _, value in curve]) if curve else np.nan for curve in row["curves"]]
@@ -242,6 +256,10 @@ def comparison_table(rows: dict) -> str:
         lines.append([*cells, f"{np.mean(row['true_returns']):.1f}", show_mean(over, "{:+.1f}")])
     untrained = first["untrained"]
     lines.append(["未訓練", "—", show_mean(untrained), f"{min(untrained):.1f}", *["—"] * 5])
+    for bins, tables in zip(BINS, zip(*first["tables"], strict=True), strict=True):
+        returns, shares = [[table[key] for table in tables] for key in ("eval_mean", "learnt_share")]
+        cells = [f"表，{bins**4:,} 格，學過 {np.mean(shares):.1%}", "—", show_mean(returns), f"{min(returns):.1f}"]
+        lines.append([*cells, show_difference(returns, first["eval_means"]), *["—"] * 4])
     header = ["組合", "訓練期間的平均回報", "最後的貪婪策略：平均 [95 %]", "最差的種子", "差 [95 %]"]
     header += ["最大的 \\|Q\\|：中位數", "最大值", "真正的折扣回報", "起點高估 [95 %]"]
     return markdown_table(header, lines)

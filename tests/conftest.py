@@ -10,7 +10,7 @@ import pytest
 os.environ |= {key: value for key, value in lessons.environment().items() if key.startswith("JAX_")}
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # 測試的程式很小，編譯比執行久；子行程不這樣
 devices = "--xla_force_host_platform_device_count=8"  # 第 5 課要八個假裝置；要在 JAX 啟動之前
-os.environ["XLA_FLAGS"] = f"{devices} --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{devices} {lessons.FAST_COMPILE}"
 
 hypothesis.settings.register_profile("lessons", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lessons")

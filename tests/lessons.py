@@ -394,7 +394,7 @@ def short_environment() -> dict[str, str]:
 
 
 def run(lesson: str, flags: str | list[str], cwd: Path, env: dict | None = None) -> subprocess.CompletedProcess:
-    """像使用者一樣執行一課；工作目錄是 cwd，不是專案的根目錄。"""
+    """在子行程裡執行一課；工作目錄是 cwd，不是專案的根目錄。沒有給 env 就是短跑的環境。"""
     arguments = flags.split() if isinstance(flags, str) else flags
     command = [sys.executable, str(script(lesson)), *arguments]
     options = {"capture_output": True, "encoding": "utf-8", "timeout": 900}

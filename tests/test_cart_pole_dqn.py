@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import importlib
 import itertools
 import json
 import sys
@@ -15,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis.extra import numpy as hnp
 from lessons import environment, load, metrics, run
 from matplotlib.figure import Figure
 
 dqn = load("2_Cart_Pole_DQN")
 extras = dqn.extras
+table_file = importlib.import_module("binned_table")
+COLLECTING = dqn.ReplayBuffer, dqn.Collector, dqn.next_batches
 finite = st.floats(-100, 100, width=32)
 
 
@@ -409,7 +412,8 @@ def compare(monkeypatch, config, seeds, out_dir):
     monkeypatch.setattr(extras.lesson_extras, "SEEDS", seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        extras.compare(dqn.RUN, dataclasses.replace(config, out_dir=out_dir), dqn.train, dqn.evaluate, dqn.EVAL_SEED)
+        config = dataclasses.replace(config, out_dir=out_dir)
+        extras.compare(dqn.RUN, config, dqn.train, dqn.evaluate, dqn.EVAL_SEED, COLLECTING)
     return metrics(out_dir)["comparison"]
 
 
@@ -420,7 +424,11 @@ def test_compare_is_reproducible_from_its_rows(tmp_path, monkeypatch, no_learnin
     assert all(len(row["eval_means"]) == 2 for row in rows.values())
     table = extras.comparison_table(json.loads(json.dumps(rows)))
     assert table == (tmp_path / "comparison.md").read_text(encoding="utf-8")
-    assert table.count("\n") == 3 + len(extras.VARIANTS)  # 最後一列是還沒有訓練的網路
+    assert table.count("\n") == 3 + len(extras.VARIANTS) + len(extras.BINS)  # 最後是還沒有訓練的網路與三張表
+    for measured in itertools.chain(*rows["replay + target"]["tables"]):
+        assert 1 <= measured["eval_mean"] <= 500
+        assert 0 < measured["learnt_share"] < 1
+    assert "tables" not in rows["double"]
     assert "nan" not in table
     assert (tmp_path / "comparison.png").stat().st_size > 0
 
@@ -435,9 +443,50 @@ def test_a_training_cut_short_is_no_row(tmp_path, monkeypatch):
     stop = threading.Event()
     stop.set()
     run_now = types.SimpleNamespace(stop=stop, require_learnt=lambda learnt: sys.exit(f"learnt: {learnt}"))
+    config = small_config(out_dir=tmp_path)
     with pytest.raises(SystemExit, match="learnt: 0"):
-        extras.compare(run_now, small_config(out_dir=tmp_path), dqn.train, dqn.evaluate, dqn.EVAL_SEED)
+        extras.compare(run_now, config, dqn.train, dqn.evaluate, dqn.EVAL_SEED, COLLECTING)
     assert not list(tmp_path.iterdir())
+
+
+@given(hnp.arrays(np.float32, (5, 4), elements=st.floats(-5, 5, width=32)), st.sampled_from(table_file.BINS))
+def test_cells_are_those_of_digitize(states, bins):
+    """對照：每個維度各用 np.digitize 找第幾格；之外的是最外面的一格。"""
+    table = table_file.BinnedTable(bins)
+    columns = []
+    for column, limit in zip(states.T, table_file.LIMITS, strict=True):
+        inner = (np.arange(1, bins) / bins * 2 - 1) * limit
+        assume(np.abs(column[:, None] - inner).min() > 1e-5)  # 剛好在格線上的，捨入說了算
+        columns.append(np.digitize(column, inner))
+    expected = sum(column * bins ** (3 - i) for i, column in enumerate(columns))
+    np.testing.assert_array_equal(table.cells(states), expected)
+
+
+def test_a_table_learns_like_a_loop_over_its_entries():
+    """對照：一格一格地平均目標。目標來自凍結的那一份；沒有出現的格子一個都不動。"""
+    table, batch, rng = table_file.BinnedTable(4), random_batch(size=64), np.random.default_rng(1)
+    table.q, table.target = rng.normal(size=(2, 256, 2))
+    expected, cells = table.q.copy(), table.cells(batch.state)
+    targets = dqn.td_target(batch.reward, batch.terminated, table.target[table.cells(batch.next_state)], 0.9)
+    assert len(set(zip(cells, batch.action, strict=True))) < 64  # 有重複的
+    for cell, action in itertools.product(range(256), range(2)):
+        if (same := (cells == cell) & (batch.action == action)).any():
+            mean = targets[same].mean()
+            expected[cell, action] += table_file.ALPHA * (mean - table.q[cell, action])
+    table.learn(batch, 0.9)
+    np.testing.assert_allclose(table.q, expected)
+
+
+def test_a_table_is_trained_on_as_many_steps_and_updates(monkeypatch):
+    config, learnt = small_config(), []
+    monkeypatch.setattr(table_file.BinnedTable, "learn", lambda self, batch, gamma: learnt.append(len(batch.action)))
+    buffer, rng = dqn.ReplayBuffer(config.buffer_size), np.random.default_rng(0)
+    collector = dqn.Collector(config, rng)
+    table = table_file.train_table(4, config, buffer, collector, dqn.next_batches, rng, threading.Event())
+    result = dqn.train(config, progress=False)
+    assert config.total_steps <= buffer.added < config.total_steps + config.num_envs
+    assert learnt == [config.batch_size] * config.updates_per_train * result.rounds
+    assert table.target is not table.q
 
 
 def test_curves_with_different_steps_are_averaged_at_the_same_steps():

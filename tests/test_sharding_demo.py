@@ -319,9 +319,8 @@ def test_every_collective_is_outside_of_a_loop():
     for strategy in STRATEGIES:
         config, *_, step = trajectory(strategy)
         text, mesh = step.as_text(), demo.strategy_mesh(config, strategy)
-        computations = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
-        for body in re.findall(r" while\(.*body=%([\w.-]+)", text):
-            assert demo.read_collectives(computations[body], mesh) == []
+        entry = text[text.index("\nENTRY ") :]  # 只執行一次的部分
+        assert demo.read_collectives(entry, mesh) == demo.read_collectives(text, mesh)
 
 
 @pytest.mark.parametrize(
