@@ -478,15 +478,21 @@ def test_a_table_learns_like_a_loop_over_its_entries():
 
 
 def test_a_table_is_trained_on_as_many_steps_and_updates(monkeypatch):
+    """假的更新只數次數：每個學習階段的目標，是上一個階段學完的那一份。"""
     config, learnt = small_config(), []
-    monkeypatch.setattr(table_file.BinnedTable, "learn", lambda self, batch, gamma: learnt.append(len(batch.action)))
+
+    def learn(table, batch, gamma):
+        learnt.append((len(batch.action), table.target[0, 0]))
+        table.q[0, 0] += 1
+
+    monkeypatch.setattr(table_file.BinnedTable, "learn", learn)
     buffer, rng = dqn.ReplayBuffer(config.buffer_size), np.random.default_rng(0)
     collector = dqn.Collector(config, rng)
-    table = table_file.train_table(4, config, buffer, collector, dqn.next_batches, rng, threading.Event())
+    table_file.train_table(4, config, buffer, collector, dqn.next_batches, rng, threading.Event())
     result = dqn.train(config, progress=False)
     assert config.total_steps <= buffer.added < config.total_steps + config.num_envs
-    assert learnt == [config.batch_size] * config.updates_per_train * result.rounds
-    assert table.target is not table.q
+    updates = config.updates_per_train
+    assert learnt == [(config.batch_size, i // updates * updates) for i in range(updates * result.rounds)]
 
 
 def test_curves_with_different_steps_are_averaged_at_the_same_steps():
