@@ -44,6 +44,8 @@ from sharding_devices import check_processes, progress_bar, side_by_side, start_
 TARGET_DIFFERENCE = 1e-4
 BYTES = 256  # 詞彙表：一個位元組一個詞元
 MESH_AXES = ("data", "model")
+# CPU 上一個程式只跑二十幾步，編譯得快比跑得快重要：XLA 舊的程式碼產生器，最佳化少做一點
+COMPILE_QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 
 # 1. 超參數 -------------------------------------------------------------------------------------------
 
@@ -237,7 +239,9 @@ def compile_step(program: Program, execute: bool = True, return_gradients: bool 
     highest = jax.default_matmul_precision("highest")  # GPU 與 TPU 也用完整的 float32 相乘
     with rule_book(program.mesh, program.rules), highest:
         lowered = step.lower(program.state, program.tokens, program.tokens)
-    return lowered.compile({} if execute else {"xla_backend_optimization_level": 0})  # 不執行就不必把機器碼最佳化
+    if not execute:
+        return lowered.compile({"xla_backend_optimization_level": 0})  # 不執行就不必把機器碼最佳化
+    return lowered.compile(COMPILE_QUICKLY if jax.default_backend() == "cpu" else {})
 
 
 # 6. 訓練 ---------------------------------------------------------------------------------------------

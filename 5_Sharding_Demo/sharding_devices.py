@@ -135,9 +135,11 @@ def side_by_side(jobs: list[Callable], stop: threading.Event | None = None, prog
 
     results = []
     gc.freeze()  # 匯入的幾十萬個物件不會變成垃圾；追蹤程式的時候不必一再檢查它們
-    with ThreadPoolExecutor(workers) as pool, progress_bar("編譯", len(jobs), "個程式", progress) as bar:
-        for future in [pool.submit(work, job) for job in jobs]:
-            results.append(future.result())
-            bar.update()
-    gc.unfreeze()
+    try:
+        with ThreadPoolExecutor(workers) as pool, progress_bar("編譯", len(jobs), "個程式", progress) as bar:
+            for future in [pool.submit(work, job) for job in jobs]:
+                results.append(future.result())
+                bar.update()
+    finally:
+        gc.unfreeze()
     return results

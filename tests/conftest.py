@@ -8,9 +8,14 @@ import lessons
 import pytest
 
 os.environ |= {key: value for key, value in lessons.environment().items() if key.startswith("JAX_")}
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # 測試的程式很小，編譯比執行久；子行程不這樣
-devices = "--xla_force_host_platform_device_count=8"  # 第 5 課要八個假裝置；要在 JAX 啟動之前
-os.environ["XLA_FLAGS"] = f"{devices} {lessons.FAST_COMPILE}"
+os.environ |= lessons.FAST_COMPILE
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"  # 第 5 課要八個假裝置；要在 JAX 啟動之前
+
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and hasattr(os, "sched_setaffinity"):
+    # 兩個 worker 各用一半的核心，子行程也是：兩個多執行緒的訓練搶同樣的核心，加起來比較慢
+    half = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) % 2 :: 2]
+    os.sched_setaffinity(0, half or os.sched_getaffinity(0))
 
 hypothesis.settings.register_profile("lessons", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lessons")

@@ -13,7 +13,7 @@ import time
 
 import lessons
 import pytest
-from lessons import EVERY_FLAG, LESSONS, LONG, ROOT, SHORT, WRONG, load, metrics, run, script
+from lessons import EVERY_FLAG, LESSONS, LONG, ROOT, WRONG, load, metrics, run, script
 
 SHARED = ("lesson.py", "lesson_extras.py")
 MOST_LINES = {"1_Q_Learning": 300}  # 其餘的 400
@@ -40,15 +40,35 @@ def test_short_runs_use_every_flag(lesson):
     assert names | (own_tests & fields) == fields
 
 
-def test_every_flag_runs(lesson, tmp_path):
-    for i, flags in enumerate(EVERY_FLAG[lesson]):
+def test_every_flag_runs_and_one_seed_gives_one_result_also_when_the_folder_stands_alone(lesson, tmp_path):
+    """第一組旗標跑兩次：一次在專案裡，一次在複製走的資料夾裡；結果相同。"""
+    alone = tmp_path / "只有 這一課" / lesson
+    shutil.copytree(ROOT / lesson, alone, ignore=shutil.ignore_patterns("outputs", "__pycache__", ".jax_cache"))
+    if lesson == "5_Sharding_Demo":  # 它訓練的文字是全部的 README
+        for readme in lessons.READMES:
+            copy = alone.parent / readme.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(readme, copy)
+    runs = [(alone / script(lesson).name, EVERY_FLAG[lesson][0])]
+    runs += [(script(lesson), flags) for flags in EVERY_FLAG[lesson]]
+    recorded = []
+    for i, (path, flags) in enumerate(runs):
         out_dir = tmp_path / f"第 {i} 次"  # 路徑有空白與中文字也要能用
-        result = run(lesson, [*flags.split(), "--out-dir", str(out_dir)], tmp_path)
+        command = [sys.executable, str(path), *flags.split(), "--out-dir", str(out_dir)]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=lessons.short_environment(), capture_output=True, encoding="utf-8"
+        )
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-2].startswith(("達標：", "未達標："))
         assert result.stdout.splitlines()[-1] == f"結果存在 {out_dir}"
         assert result.stderr == ""  # 沒有警告；不是終端機，所以也沒有進度列
-        assert metrics(out_dir)["seconds"]["total"] > 0
+        recorded.append(metrics(out_dir))
+        assert recorded[-1]["seconds"]["total"] > 0
+    for record in recorded[:2]:
+        del record["seconds"], record["config"]["out_dir"], record["lesson"], record["versions"], record["device"]
+        for strategy in record.get("strategies", {}).values():  # 第 5 課的時間寫在每一種策略裡
+            del strategy["seconds_per_step"]
+    assert recorded[0] == recorded[1]
 
 
 def test_wrong_values_are_refused_before_anything_is_written(lesson, call, tmp_path, monkeypatch):
@@ -94,29 +114,6 @@ def test_ctrl_c_keeps_what_was_learnt(lesson, tmp_path):
     assert output.splitlines()[-1].endswith("目前的結果存在 out")
     assert metrics(tmp_path / "out")["lesson"] == lesson
     assert (tmp_path / "out" / "learning_curve.png").stat().st_size > 0
-
-
-def test_one_seed_gives_one_result_also_when_the_folder_stands_alone(lesson, tmp_path):
-    """一次在專案裡，一次在複製走的資料夾裡。"""
-    alone = tmp_path / "只有 這一課" / lesson
-    shutil.copytree(ROOT / lesson, alone, ignore=shutil.ignore_patterns("outputs", "__pycache__", ".jax_cache"))
-    if lesson == "5_Sharding_Demo":  # 它訓練的文字是全部的 README
-        for readme in lessons.READMES:
-            copy = alone.parent / readme.relative_to(ROOT)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy(readme, copy)
-    recorded = []
-    for path in (script(lesson), alone / script(lesson).name):
-        flags = f"{SHORT[lesson]} --seed 3 --out-dir {len(recorded)}".split()
-        command = [sys.executable, str(path), *flags]
-        result = subprocess.run(command, cwd=tmp_path, env=lessons.short_environment(), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        recorded.append(metrics(tmp_path / str(len(recorded))))
-    for record in recorded:
-        del record["seconds"], record["config"]["out_dir"], record["lesson"], record["versions"], record["device"]
-        for strategy in record.get("strategies", {}).values():  # 第 5 課的時間寫在每一種策略裡
-            del strategy["seconds_per_step"]
-    assert recorded[0] == recorded[1]
 
 
 def test_anatomy(lesson):
