@@ -21,6 +21,10 @@ hypothesis.settings.register_profile("lessons", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("lessons")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "default_run" not in item.name)  # 最久的先跑，兩個 worker 才會一起結束
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """在這個行程裡執行一課的 main：使用者的行程沒有差別的，例如被拒絕的旗標。回傳 (結束狀態, stdout, stderr)。"""
