@@ -78,7 +78,7 @@ class Run:
             "versions": {"python": sys.version.split()[0], **versions},
         }
         text = json.dumps(metrics | results, ensure_ascii=False, indent=2, default=str, allow_nan=False)
-        save(config.out_dir / "metrics.json", text.encode())
+        save(config.out_dir / "metrics.json", text.encode(errors="surrogateescape"))
 
     def finish(self, config, undone: str = "") -> None:
         """最後一行：結果在哪裡。還有事沒做完才給 undone (做到哪裡)，結束狀態是 130。"""
@@ -103,7 +103,7 @@ def parse(config_class, description: str):
     if getattr(config, "compare", False) and config.seed != config_class.seed:
         raise LessonError("--compare 與 --seed 一起用；--compare 跑固定的十個隨機種子，不要寫 --seed", 2)
     with contextlib.suppress(OSError):  # 名字太長，或工作目錄被刪了，也是寫不進去
-        place = next(path for path in [config.out_dir.absolute(), *config.out_dir.absolute().parents] if path.exists())
+        place = next(p for p in (config.out_dir.absolute() / "metrics.json").parents if p.is_symlink() or p.exists())
         if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
             return config
     raise LessonError(f"--out-dir {config.out_dir} 寫不進去；要是可以寫入的資料夾", 2)

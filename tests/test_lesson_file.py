@@ -114,6 +114,23 @@ def test_an_out_dir_that_cannot_exist_is_refused_before_any_work(prepare, out_di
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("target", ["out", "nowhere"])
+def test_an_out_dir_that_is_a_broken_link_is_refused_before_any_work(target, tmp_path):
+    """連到自己；連到不存在的地方。"""
+    (tmp_path / "out").symlink_to(target)
+    result = run(LESSON, "--out-dir out", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "錯誤：--out-dir out 寫不進去；要是可以寫入的資料夾\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="只有 Linux 的檔名可以不是 UTF-8")
+def test_an_out_dir_whose_name_is_not_utf8_works(tmp_path):
+    out_dir = os.fsencode(tmp_path) + b"/\xff"
+    command = [sys.executable, script(LESSON), *SHORT[LESSON].split(), "--out-dir", out_dir]
+    assert subprocess.run(command, env=lessons.short_environment(), stdout=subprocess.DEVNULL).returncode == 0
+    assert b'"out_dir": "' + out_dir in Path(os.fsdecode(out_dir), "metrics.json").read_bytes()
+
+
 # 輸出：關掉的、被拿走的、沒有空間的
 
 
