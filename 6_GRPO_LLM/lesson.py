@@ -78,7 +78,7 @@ class Run:
             "versions": {"python": sys.version.split()[0], **versions},
         }
         text = json.dumps(metrics | results, ensure_ascii=False, indent=2, default=str, allow_nan=False)
-        save(config.out_dir / "metrics.json", text.encode(errors="surrogateescape"))
+        save(config.out_dir / "metrics.json", text.encode(errors="backslashreplace"))
 
     def finish(self, config, undone: str = "") -> None:
         """最後一行：結果在哪裡。還有事沒做完才給 undone (做到哪裡)，結束狀態是 130。"""

@@ -13,7 +13,7 @@ import time
 
 import lessons
 import pytest
-from lessons import EVERY_FLAG, LESSONS, LONG, ROOT, WRONG, load, metrics, script
+from lessons import EVERY_FLAG, LESSONS, LONG, ROOT, WRONG, load, metrics, run, script
 
 SHARED = ("lesson.py", "lesson_extras.py")
 MOST_LINES = {"1_Q_Learning": 300}  # 其餘的 400
@@ -54,10 +54,7 @@ def test_every_flag_runs_and_one_seed_gives_one_result_also_when_the_folder_stan
     recorded = []
     for i, (path, flags) in enumerate(runs):
         out_dir = tmp_path / f"第 {i} 次"  # 路徑有空白與中文字也要能用
-        command = [sys.executable, str(path), *flags.split(), "--out-dir", str(out_dir)]
-        result = subprocess.run(
-            command, cwd=tmp_path, env=lessons.short_environment(), capture_output=True, encoding="utf-8"
-        )
+        result = run(lesson, [*flags.split(), "--out-dir", str(out_dir)], tmp_path, path=path)
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-2].startswith(("達標：", "未達標："))
         assert result.stdout.splitlines()[-1] == f"結果存在 {out_dir}"
