@@ -15,7 +15,7 @@ from binned_table import BINS, train_table
 from flax import nnx
 
 import lesson_extras
-from lesson_extras import figure, has_display, load_weights, markdown_table, save_gif, show_difference, show_mean
+from lesson_extras import draw_mean, figure, markdown_table, save_gif, show_difference, show_mean, watch  # noqa: F401
 
 EPISODE_STEPS = gym.spec("CartPole-v1").max_episode_steps  # 500，也是最高的回報
 MOST_GIGABYTES = 4  # 一個學習階段最多用多少記憶體：一台筆電拿得出來的
@@ -135,17 +135,6 @@ def play(agent, render_mode: str) -> list[np.ndarray]:
     return [frame[1:] for frame in frames if frame is not None]
 
 
-def watch(play, agent, config) -> None:
-    """載入 config.watch 的權重，在視窗裡玩一個回合；沒有螢幕就寫成 GIF。"""
-    load_weights(config.watch, agent, "--watch")
-    if has_display():
-        play(agent, "human")
-        return
-    path = config.out_dir / "agent.gif"
-    save_gif(path, play(agent, "rgb_array"))
-    print(f"沒有螢幕，畫面存在 {path}")
-
-
 # 圖 --------------------------------------------------------------------------------------------------
 
 
@@ -250,28 +239,28 @@ def comparison_table(rows: dict) -> str:
         largest = [max((value for _, value in curve), default=np.nan) for curve in row["largest_q"]]
         shared = min(len(row["eval_means"]), len(first["eval_means"]))  # 中斷時每一列的種子不一樣多
         difference = show_difference(row["eval_means"][:shared], first["eval_means"][:shared])
-        cells = [f"`{name}`", f"{np.mean(training):.1f}", show_mean(row["eval_means"]), f"{min(row['eval_means']):.1f}"]
+        cells = [f"`{name}`", show_mean(training), show_mean(row["eval_means"]), f"{min(row['eval_means']):.1f}"]
         cells += ["—" if row is first else difference, f"{np.median(largest):.0f}", f"{max(largest):.0f}"]
         over = np.subtract(row["start_q"], row["true_returns"])
-        lines.append([*cells, f"{np.mean(row['true_returns']):.1f}", show_mean(over, "{:+.1f}")])
+        lines.append([*cells, show_mean(row["true_returns"]), show_mean(over, "{:+.1f}")])
     untrained = first["untrained"]
     lines.append(["未訓練", "—", show_mean(untrained), f"{min(untrained):.1f}", *["—"] * 5])
     for bins, tables in zip(BINS, zip(*first["tables"], strict=True), strict=True):
         returns, shares = [[table[key] for table in tables] for key in ("eval_mean", "learnt_share")]
-        cells = [f"表，{bins**4:,} 格，學過 {np.mean(shares):.1%}", "—", show_mean(returns), f"{min(returns):.1f}"]
+        cells = [f"表，{bins**4:,} 格，學過 {show_mean(shares, '{:.1%}')}", "—"]
+        cells += [show_mean(returns), f"{min(returns):.1f}"]
         lines.append([*cells, show_difference(returns, first["eval_means"]), *["—"] * 4])
-    header = ["組合", "訓練期間的平均回報", "最後的貪婪策略：平均 [95 %]", "最差的種子", "差 [95 %]"]
-    header += ["最大的 \\|Q\\|：中位數", "最大值", "真正的折扣回報", "起點高估 [95 %]"]
+    header = ["組合", "訓練期間的平均回報 [95 %]", "最後的貪婪策略：平均 [95 %]", "最差的種子", "差 [95 %]"]
+    header += ["最大的 \\|Q\\|：中位數", "最大值", "真正的折扣回報 [95 %]", "起點高估 [95 %]"]
     return markdown_table(header, lines)
 
 
 def draw_curves(axes, label: str, curves: list, color: str) -> None:
-    """各個隨機種子的平均，加上最差到最好的色帶；每條曲線的點不在同樣的步數，先內插到共同的步數。"""
+    """每條曲線的點不在同樣的步數，先內插到共同的步數。"""
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     steps = np.linspace(first, last, min(map(len, curves)))
     values = np.array([np.interp(steps, *zip(*curve, strict=True)) for curve in curves])
-    axes.plot(steps, values.mean(axis=0), label=label, color=color)
-    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)
+    draw_mean(axes, steps, values, label=label, color=color)
     axes.set(xlabel="environment steps", ylabel="mean return of training episodes")
 
 
@@ -282,10 +271,12 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
             for axes, column in ((left, "curves"), (right, "largest_q")):
                 if all(rows[name][column]):
                     draw_curves(axes, name, rows[name][column], f"C{i}")
+        untrained = np.mean(rows["replay + target"]["untrained"])
+        left.axhline(untrained, color="0.4", linestyle=":", label=f"untrained: {untrained:.1f}")
         bound = 1 / (1 - rows["replay + target"]["gamma"][0])
         right.axhline(bound, color="black", linestyle="--", label=f"1 / (1 − γ) = {bound:.0f}: no true value is larger")
         right.set(yscale="log", ylabel="largest |Q| in training")
-        left.set_title(f"CartPole-v1: mean and range over {len(rows['replay + target']['curves'])} seeds")
+        left.set_title(f"CartPole-v1: mean and 95 % interval, {len(rows['replay + target']['curves'])} seeds")
         right.set_title("does Q run away?")
         if left.lines:  # 走得太少，一個點都沒有時，沒有圖例
             left.legend(loc="upper left", fontsize=9)

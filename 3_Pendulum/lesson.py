@@ -48,12 +48,12 @@ class Run:
         try:
             self.require_learnt(False)  # 匯入套件的時候就按了 Ctrl-C
             main()
-            sys.stdout.flush()
         except LessonError as error:
             print(f"錯誤：{error.args[0]}", file=sys.stderr)
             sys.exit(error.args[1])
         except BrokenPipeError:  # 看的人先走了 (| head)；結果在印之前就存好了
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(130 if self.stop.is_set() else 0)
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler or signal.SIG_DFL)
@@ -62,27 +62,27 @@ class Run:
     def require_learnt(self, learnt) -> None:
         """被中斷時什麼都還沒學到，就什麼都不寫：以前的結果還在。"""
         if self.stop.is_set() and not learnt:
-            print("已中斷：還沒有學到東西，沒有寫任何檔案")
+            print("已中斷：還沒有學到東西，沒有寫任何檔案", flush=True)
             sys.exit(130)
 
     def save_metrics(self, config, train_seconds: float, **results) -> None:
         """metrics.json；versions 只記這一課匯入了的套件。"""
-        jax = sys.modules.get("jax")
-        versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
-        metrics = {
-            "lesson": type(config).out_dir.parent.name,
-            "seed": config.seed,
-            "config": vars(config),
-            "seconds": {"train": train_seconds, "total": time.perf_counter() - self.started},
-            "device": {"platform": jax.default_backend() if jax else "cpu", "count": jax.device_count() if jax else 1},
-            "versions": {"python": sys.version.split()[0], **versions},
-        }
-        text = json.dumps(metrics | results, ensure_ascii=False, indent=2, default=str, allow_nan=False)
+        jax, versions = sys.modules.get("jax"), {"python": sys.version.split()[0]}
+        versions |= {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
+        seconds = {"train": train_seconds, "total": time.perf_counter() - self.started}
+        device = {"platform": jax.default_backend() if jax else "cpu", "count": jax.device_count() if jax else 1}
+        metrics = {"lesson": type(config).out_dir.parent.name, "seed": config.seed, "config": vars(config)}
+        metrics |= {"seconds": seconds, "device": device, "versions": versions} | results
+        try:
+            text = json.dumps(metrics, ensure_ascii=False, indent=2, default=str, allow_nan=False)
+        except ValueError as error:  # 最後一次更新才發散，損失還來不及變成 NaN
+            raise LessonError("結果不是有限的數；把學習率調小再試", 1) from error
         save(config.out_dir / "metrics.json", text.encode(errors="backslashreplace"))
 
     def finish(self, config, undone: str = "") -> None:
         """最後一行：結果在哪裡。還有事沒做完才給 undone (做到哪裡)，結束狀態是 130。"""
-        print(f"已中斷：{undone}，目前的結果存在 {config.out_dir}" if undone else f"結果存在 {config.out_dir}")
+        last = f"已中斷：{undone}，目前的結果存在 {config.out_dir}" if undone else f"結果存在 {config.out_dir}"
+        print(last, flush=True)  # 沒有人看了，現在就知道
         if undone:
             sys.exit(130)
 

@@ -16,14 +16,15 @@ from pendulum_envs import EPISODE_STEPS, PendulumEnvs
 import lesson_extras
 from lesson_extras import (
     COLORS,
+    draw_error,
+    draw_mean,
     figure,
-    has_display,
     interval,
-    load_weights,
     markdown_table,
     save_gif,
     show_difference,
     show_mean,
+    watch,  # noqa: F401
 )
 
 with warnings.catch_warnings(action="ignore"):  # 它匯入時用了 JAX 將要移除的東西，讀者管不著；腳本從這裡之後才匯入它
@@ -140,17 +141,6 @@ def play(agent, render_mode: str) -> list[np.ndarray]:
             frames.append(env.render())
     env.close()
     return frames
-
-
-def watch(play, agent, config) -> None:
-    """載入 config.watch 的權重，在視窗裡玩一個回合；沒有螢幕就寫成 GIF。"""
-    load_weights(config.watch, agent, "--watch")
-    if has_display():
-        play(agent, "human")
-        return
-    path = config.out_dir / "agent.gif"
-    save_gif(path, play(agent, "rgb_array"))
-    print(f"沒有螢幕，畫面存在 {path}")
 
 
 # 圖 --------------------------------------------------------------------------------------------------
@@ -286,26 +276,27 @@ def relative_variances(rows: dict, name: str) -> np.ndarray:
 
 
 def comparison_table(rows: dict) -> str:
-    """回報是各個隨機種子的評估平均；差是和 ppo_clip 同一個種子相減。最後一列是還沒有訓練的策略。"""
-    lines, untrained = [], next(iter(rows.values())).get("untrained")
+    """回報是各個隨機種子的評估平均；差是同一個種子相減。最後一列是還沒有訓練的策略。"""
+    lines, untrained = [], next(iter(rows.values()))["untrained"]
     reference = rows.get("ppo_clip", {"eval_means": []})["eval_means"]
     for name, row in rows.items():
         means, variance = row["eval_means"], "—"
         shared = min(len(means), len(reference))  # 中斷時每一列的種子不一樣多
         difference = show_difference(means[:shared], reference[:shared]) if shared and name != "ppo_clip" else "—"
+        learnt = show_difference(means, untrained[: len(means)])
         if row.get("gradient_variances"):
-            variance = show_mean(relative_variances(rows, name), "{:.2g}")
-        share = f"{100 * np.mean(row['outside_shares']):.1f} %"
-        lines.append([f"`{name}`", show_mean(means), f"{min(means):.1f}", difference, variance, share])
-    if untrained:  # 第一版的紀錄沒有這一列
-        lines.append(["未訓練", show_mean(untrained), f"{min(untrained):.1f}", "—", "—", "—"])
+            variance = show_mean(relative_variances(rows, name), "{:.3g}")
+        share = show_mean(100 * np.array(row["outside_shares"]))
+        lines.append([f"`{name}`", show_mean(means), f"{min(means):.1f}", difference, learnt, variance, share])
+    lines.append(["未訓練", show_mean(untrained), f"{min(untrained):.1f}", *["—"] * 4])
     header = (
         "演算法",
         "平均回報 [95 %]",
         "最差的種子",
         "和 ppo_clip 的差 [95 %]",
-        "梯度變異數 (reinforce = 1)",
-        "學習後比例越界",
+        "和未訓練的差 [95 %]",
+        "梯度變異數 (reinforce = 1) [95 %]",
+        "學習後比例越界 (%) [95 %]",
     )
     table = markdown_table(header, lines)
     return table + ("\n" + lambda_table(rows["actor_critic"]) if rows.get("actor_critic") else "")
@@ -319,10 +310,8 @@ def lambda_table(row: dict) -> str:
 
 
 def draw_curves(axes, label: str, curves: list, color: str, linestyle: str = "-") -> None:
-    """各個隨機種子的平均，加上最差到最好的色帶。"""
     steps, values = np.array(curves[0])[:, 0], np.array(curves)[:, :, 1]
-    axes.plot(steps, values.mean(axis=0), label=label, color=color, linestyle=linestyle)
-    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)
+    draw_mean(axes, steps, values, label=label, color=color, linestyle=linestyle)
     axes.set(xlabel="environment steps", ylabel="mean return of training episodes")
 
 
@@ -334,9 +323,12 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
     with figure(path, 1, 2, **options) as (_, (left, right)):
         for i, name in enumerate(algorithms):
             draw_curves(left, name, rows[name]["curves"], f"C{i}", "-" if i < len(COLORS) else "--")
-            variance = relative_variances(rows, name).mean()
-            right.bar_label(right.barh(name, variance, color=f"C{i}"), fmt="%.2g", padding=3)
-        left.set_title(f"Pendulum-v1: mean and range over {seeds} seeds")
+            variance = relative_variances(rows, name)
+            bar = right.barh(name, variance.mean(), xerr=draw_error(variance), color=f"C{i}")
+            right.bar_label(bar, fmt="%.2g", padding=3)
+        untrained = np.mean(rows[algorithms[0]]["untrained"])
+        left.axhline(untrained, color="0.4", linestyle=":", label=f"untrained: {untrained:.0f}")
+        left.set_title(f"Pendulum-v1: mean and 95 % interval, {seeds} seeds")
         left.legend(loc="upper right", bbox_to_anchor=(1, 0.82), fontsize=8, ncols=3)
         right.set(xscale="log", xlim=(1e-3, 20), xlabel="reinforce = 1", title="variance of the policy gradient")
         right.invert_yaxis()
@@ -351,5 +343,5 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
     with figure(out_dir / "notes_settings.png", figsize=(7, 4)) as (_, axes):
         draw_curves(axes, "defaults of this lesson", rows["ppo_clip"]["curves"], "C0")
         draw_curves(axes, "settings of the notes", rows["notes"]["curves"], "C1")
-        axes.set_title(f"ppo_clip: mean and range over {seeds} seeds")
+        axes.set_title(f"ppo_clip: mean and 95 % interval, {seeds} seeds")
         axes.legend(loc="lower right")

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import lesson_extras
-from lesson_extras import figure, markdown_table, save_weights, show_difference, show_mean  # noqa: F401
+from lesson_extras import draw_mean, figure, markdown_table, save_weights, show_difference, show_mean  # noqa: F401
 
 # 筆記的設定：一張圖片一個答案，學一遍，學習率固定；--compare 拿它和預設值比。
 NOTES_SETTINGS = {
@@ -221,8 +221,8 @@ def comparison_table(rows: dict) -> str:
             size = int(name.removeprefix("batch_"))
             batches.append([f"{size:,}", *(f"{x:.4f}" for x in spreads), *accuracies, seconds])
             continue
-        shares = last(row, "residuals").mean(), last(row, "silent_shares").mean(), np.mean(row["outside_shares"])
-        shares = [f"{100 * share:.1f} %" for share in shares]
+        outside = np.mean(row["outside_shares"], axis=1)
+        shares = [show_mean(100 * x) for x in (last(row, "residuals"), last(row, "silent_shares"), outside)]
         if name.startswith("supervised"):  # 沒有優勢，也沒有比例
             shares = ["—"] * 3
         methods.append([f"`{name}`", *accuracies, *shares, seconds])
@@ -231,7 +231,7 @@ def comparison_table(rows: dict) -> str:
             sizes.append([f"`{name}`", *(f"{size:,}" for size in (*states, sum(states)))])
     accuracy = ["訓練集，採樣 (%) [95 %]", "測試集，貪婪 (%) [95 %]", "測試集，最差的種子"]
     methods_header = ["做法", *accuracy, "測試集和 default 的差 [95 %]"]
-    methods_header += ["基線沒解釋的", "優勢是 0 的", "最後一遍越界的", "一輪的秒數"]
+    methods_header += ["基線沒解釋的 (%) [95 %]", "優勢是 0 的 (%) [95 %]", "最後一遍越界的 (%) [95 %]", "一輪的秒數"]
     batches_header = [*accuracy, "測試集和 B = 256 的差 [95 %]"]
     return "\n".join(
         [
@@ -245,13 +245,15 @@ def comparison_table(rows: dict) -> str:
 def draw_comparison(rows: dict, out_dir: Path) -> None:
     """comparison.png：測試集的錯誤率，以及訓練狀態的大小；std_weights.png：除以標準差之後，難易不同的圖片各有多重。"""
     with figure(out_dir / "comparison.png", 1, 2, figsize=(12, 4.6), width_ratios=[2, 1]) as (_, (left, right)):
-        for i, name in enumerate(("notes", "default", "image_4", "image_16", "ppo", "supervised")):
+        for i, name in enumerate(("notes", "default", "image_4", "image_16", "ppo", "supervised", "supervised_equal")):
             errors = 100 - np.array(rows[name]["test_accuracy"])
-            epochs = np.arange(1, errors.shape[1] + 1)
-            left.plot(epochs, errors.mean(axis=0), ".-", color=f"C{i}", label=f"{name}: {errors[:, -1].mean():.2f} %")
-            left.fill_between(epochs, errors.min(axis=0), errors.max(axis=0), color=f"C{i}", alpha=0.15, lw=0)
-        left.set(yscale="log", xlabel="epoch", ylabel="greedy error on the test set (%)")
-        left.set_title(f"mean and range over {len(rows['default']['test_accuracy'])} seeds")
+            count = errors.shape[1]  # supervised_equal 的輪數是 K 倍：畫在更新次數一樣的地方
+            epochs = np.arange(1, count + 1) * len(rows["default"]["test_accuracy"][0]) / count
+            label = f"{name}: {errors[:, -1].mean():.2f} %"
+            draw_mean(left, epochs, errors, marker=".", color=f"C{i}", label=label)
+        left.set(yscale="log", ylabel="greedy error on the test set (%)")
+        left.set(xlabel="epoch (supervised_equal: at the same number of updates)")
+        left.set_title(f"mean and 95 % interval, {len(rows['default']['test_accuracy'])} seeds")
         left.set_yticks([2, 3, 5, 10, 20, 50], labels=["2", "3", "5", "10", "20", "50"])
         left.minorticks_off()
         left.legend(title="after the last epoch", loc="upper right", ncols=2, fontsize=9)

@@ -16,7 +16,7 @@ from flax import nnx
 from measurements import cost_table, ledger_table, strategy_table  # noqa: F401  README 的表格都從這個檔案畫
 
 import lesson_extras
-from lesson_extras import figure, interval, markdown_table, show_difference, show_mean
+from lesson_extras import draw_error, draw_mean, figure, interval, markdown_table, show_difference, show_mean
 
 PASS_KS = (1, 2, 4, 8, 16, 32)
 SHOWN_PROMPTS, SHOWN_ANSWERS = 3, 4
@@ -297,33 +297,31 @@ def comparison_table(rows: dict) -> str:
         for column in ("sampled", "greedy"):
             difference = show_difference(row[column][:pairs], rows[DEFAULT][column][:pairs])
             cells.append("—" if name == DEFAULT else difference)
-        cells += [f"{np.mean(row['length']):.1f}", f"{np.mean(row['step_by_step']):.0f} %"]
+        cells += [show_mean(row["length"]), show_mean(row["step_by_step"], "{:.0f}")]
         quality.append([f"`{name}`", *cells, show_mean(row["language_model_loss"], "{:.2f}")])
-        cells = [f"{of_last_updates(row['reward_curve']).mean():.1f}", f"{100 * np.mean(row['silent_curve']):.0f} %"]
-        cells += [f"{100 * np.mean(row['outside_curve']):.1f} %"]
+        silent, outside = (100 * np.mean(row[f"{key}_curve"], axis=1) for key in ("silent", "outside"))
+        cells = [show_mean(of_last_updates(row["reward_curve"])), show_mean(silent, "{:.0f}"), show_mean(outside)]
         if name == "supervised":  # 沒有採樣，這三個數不是量的
             cells = ["—"] * len(cells)
-        cells += [f"{np.mean(row['tokens']) / 1e3:,.0f}"]
+        cells += [show_mean(np.array(row["tokens"]) / 1e3, "{:,.0f}")]
         cells += [f"{np.median(row[f'{phase}_seconds']):.1f}" for phase in ("sample", "learn")]
         costs.append([f"`{name}`", *cells, f"{np.mean(row['state_bytes']) / 1e6:.1f}"])
     for name in (DEFAULT, "direct_only"):
         for column, title in (("base_pass_at_k", "基礎模型"), ("pass_at_k", "訓練之後")):
             if name in rows:
-                means = np.mean(rows[name][column], axis=0)
-                passes.append([f"`{name}`，{title}", *(f"{mean:.1f}" for mean in means)])
+                passes.append([f"`{name}`，{title}", *map(show_mean, np.transpose(rows[name][column]))])
     header = ("做法", "採樣 (%)", "最差的種子", "貪婪 (%)", "採樣，與 default 的差", "貪婪，與 default 的差")
-    first = markdown_table((*header, "長度", "逐步作答", "預訓練文字的損失"), quality)
+    first = markdown_table((*header, "長度", "逐步作答 (%)", "預訓練文字的損失"), quality)
     second = markdown_table(("pass@k (%)", *(f"k = {k}" for k in PASS_KS)), passes)
-    header = ("做法", "自己的獎勵 (%)", "沒有訊號的題目", "最後一遍越界的詞元", "採樣的詞元 (千)")
+    header = ("做法", "自己的獎勵 (%)", "沒有訊號的題目 (%)", "最後一遍越界的詞元 (%)", "採樣的詞元 (千)")
     return "\n".join([first, second, markdown_table((*header, "收集 (秒)", "學習 (秒)", "訓練狀態 (MB)"), costs)])
 
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
     """comparison.png：學習曲線、pass@k、β 換來什麼、鑽漏洞、沒有訊號的題目、與 default 的差；沒跑的就不畫。"""
-    with figure(out_dir / "comparison.png", 2, 3, figsize=(15, 8)) as (
-        _,
-        ((curve, passes, forget), (hack, silent, gap)),
-    ):
+    with figure(out_dir / "comparison.png", 2, 3, figsize=(15, 8.4)) as (canvas, panels):
+        (curve, passes, forget), (hack, silent, gap) = panels
+        canvas.suptitle(f"mean and 95 % interval, {len(rows[DEFAULT]['sampled'])} seeds", fontsize=11)
         draw_curves(rows[DEFAULT], curve)
         draw_passes(rows, passes)
         draw_forgetting(rows, forget)
@@ -331,8 +329,8 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         hack.set_visible("last_digit" in rows)  # 中斷時還沒有這一列
         for name in (DEFAULT, "G_2", "G_16", "dynamic_sampling"):
             if name in rows:
-                values = 100 * np.mean(rows[name]["silent_curve"], axis=0)
-                silent.plot(np.arange(1, len(values) + 1), values, label=name)
+                values = 100 * np.array(rows[name]["silent_curve"])
+                draw_mean(silent, np.arange(1, values.shape[1] + 1), values, label=name)
         silent.set(xlabel="update", ylabel="silent groups sampled (%)", title="no signal: all right or all wrong")
         draw_differences(rows, gap)
         for axes in (passes, forget, hack, silent):
@@ -341,7 +339,7 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
 
 
 def draw_curves(row: dict, axes) -> None:
-    """十個種子的正確率、逐步作答的比率與長度；帶子是最小到最大。"""
+    """正確率、逐步作答的比率與長度。"""
     length = axes.twinx()
     for target, column, scale, color, label in (
         (axes, "reward_curve", 100, "C0", "right, sampled"),
@@ -350,8 +348,7 @@ def draw_curves(row: dict, axes) -> None:
     ):
         curves = scale * np.array(row[column])
         updates = np.arange(1, curves.shape[1] + 1)
-        target.fill_between(updates, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.15, lw=0)
-        target.plot(updates, curves.mean(axis=0), "--" if target is length else "-", color=color, label=label)
+        draw_mean(target, updates, curves, linestyle="--" if target is length else "-", color=color, label=label)
     axes.set(xlabel="update", ylabel="%", ylim=(0, 103), title="answers get longer because that pays")
     length.set(ylabel="tokens per answer", ylim=(0, task.ANSWER_LENGTH))
     length.grid(False)
@@ -363,9 +360,10 @@ def draw_curves(row: dict, axes) -> None:
 def draw_passes(rows: dict, axes) -> None:
     titles = {DEFAULT: "has seen step by step", "direct_only": "never seen step by step"}
     for color, (name, title) in enumerate(titles.items()):
-        for column, style in (("base_pass_at_k", "o:"), ("pass_at_k", "o-")) if name in rows else ():
-            label = f"{'base' if style == 'o:' else 'trained'}, {title}"
-            axes.plot(PASS_KS, np.mean(rows[name][column], axis=0), style, color=f"C{color}", label=label)
+        for column, model, style in (("base_pass_at_k", "base", ":"), ("pass_at_k", "trained", "-")):
+            if name in rows:
+                label = {"color": f"C{color}", "label": f"{model}, {title}"}
+                draw_mean(axes, PASS_KS, rows[name][column], linestyle=style, marker="o", **label)
     axes.set(xscale="log", xlabel="k", ylabel="pass@k (%)", title="it sharpens: at least one of k is right")
     axes.set_xticks(PASS_KS, labels=map(str, PASS_KS))
     axes.minorticks_off()
@@ -374,8 +372,11 @@ def draw_passes(rows: dict, axes) -> None:
 def draw_forgetting(rows: dict, axes) -> None:
     betas = {"β = 0": DEFAULT, "β = 0.05": "beta_0.05", "β = 0.3": "beta_0.3"}
     betas = {label: name for label, name in betas.items() if name in rows}
-    losses = [np.mean(rows[name]["language_model_loss"]) for name in betas.values()]
-    axes.bar(list(betas), losses, width=0.5, label="after training")
+    for i, name in enumerate(betas.values()):
+        losses = rows[name]["language_model_loss"]
+        label = {} if i else {"label": "after training"}
+        axes.bar(i, np.mean(losses), yerr=draw_error(losses), width=0.5, color="C0", capsize=4, **label)
+    axes.set_xticks(range(len(betas)), labels=list(betas))
     axes.axhline(np.mean(rows[DEFAULT]["base_language_model_loss"]), color="0.3", ls=":", label="base model")
     axes.set(ylabel="nat per answer token", title="forgetting: loss on the pretraining text")
 
@@ -383,11 +384,12 @@ def draw_forgetting(rows: dict, axes) -> None:
 def draw_hacking(rows: dict, axes) -> None:
     pairs = {"β = 0": "last_digit", "β = 0.3": "last_digit_beta_0.3"}
     pairs = {label: name for label, name in pairs.items() if name in rows}
-    own = [of_last_updates(rows[name]["reward_curve"]).mean() for name in pairs.values()]
-    sampled, greedy = ([np.mean(rows[name][column]) for name in pairs.values()] for column in ("sampled", "greedy"))
-    bars = {"its reward": own, "right, sampled": sampled, "right, greedy": greedy}
-    for i, (label, heights) in enumerate(bars.items()):
-        axes.bar(np.arange(len(pairs)) + 0.27 * (i - 1), heights, width=0.25, label=label)
+    for j, name in enumerate(pairs.values()):
+        own = of_last_updates(rows[name]["reward_curve"])
+        bars = {"its reward": own, "right, sampled": rows[name]["sampled"], "right, greedy": rows[name]["greedy"]}
+        for i, (label, values) in enumerate(bars.items()):
+            style = {"color": f"C{i}", "capsize": 4} | ({} if j else {"label": label})
+            axes.bar(j + 0.27 * (i - 1), np.mean(values), yerr=draw_error(values), width=0.25, **style)
     axes.set_xticks(range(len(pairs)), labels=list(pairs))
     axes.set(ylabel="%", title="reward that checks the last digit only", ylim=(0, 130))
 

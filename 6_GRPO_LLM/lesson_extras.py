@@ -2,8 +2,10 @@
 
 import contextlib
 import io
-import os
+import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -58,7 +60,7 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
     values = np.array(values, float)
-    if np.ptp(values) == 0:  # 每個都一樣，沒有東西可以重抽
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # 每個都一樣 (差在最後一個位元也算)，沒有東西可以重抽
         return values[0], values[0]
     return tuple(bootstrap((values,), np.mean, rng=0).confidence_interval)
 
@@ -94,6 +96,20 @@ def figure(path: Path, *grid: int, figsize: tuple[float, float], layout: str = "
         save(path, buffer.getvalue())
 
 
+def draw_mean(axes, x: Iterable[float], curves: list, **style) -> None:
+    """各個隨機種子的平均，色帶是它的 95 % 信賴區間；curves 是 (種子, 點)。"""
+    curves = np.array(curves)
+    (line,) = axes.plot(x, curves.mean(axis=0), **style)
+    low, high = np.transpose([interval(values) for values in curves.T])
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
+
+
+def draw_error(values: Iterable[float]) -> np.ndarray:
+    """長條圖的 xerr、yerr：平均到 95 % 信賴區間兩端的距離，(2, 1)。"""
+    low, high = interval(values)
+    return np.array([[np.mean(values) - low], [high - np.mean(values)]])
+
+
 def save_gif(path: Path, frames: list[np.ndarray]) -> None:
     """寬高各縮一半，一張 60 毫秒。"""
     from PIL import Image
@@ -104,7 +120,52 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
 
 
 def has_display() -> bool:
-    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    """有沒有開得了視窗的螢幕；問 SDL，因為環境變數 DISPLAY 指的螢幕可能已經不在了。"""
+    import pygame
+
+    with contextlib.suppress(pygame.error):
+        pygame.display.init()
+        found = pygame.display.get_driver() not in ("dummy", "offscreen")
+        pygame.display.quit()
+        return found
+    return False
+
+
+def watch(play: Callable, agent, config) -> None:
+    """--watch：載入權重，在視窗裡玩一個回合；沒有螢幕就寫成 GIF。沒有東西要存，Ctrl-C 立刻結束。"""
+    check_settings(config.watch, config)
+    load_weights(config.watch, agent, "--watch")
+    with end_at_once():
+        if has_display():
+            play(agent, "human")
+            return
+        path = config.out_dir / "agent.gif"
+        save_gif(path, play(agent, "rgb_array"))
+        print(f"沒有螢幕，畫面存在 {path}", flush=True)
+
+
+def check_settings(path: Path, config) -> None:
+    """權重看不出觀測正規化了沒有；旁邊有訓練時的 metrics.json，就核對。"""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # 沒有，或不是我們寫的
+        trained = json.loads((path.parent / "metrics.json").read_bytes())["config"]["normalize_observations"]
+        if trained != config.normalize_observations:
+            flag = f"--{'' if trained else 'no-'}normalize-observations"
+            raise LessonError(f"--watch {path} 是用 {flag} 訓練的；看的時候要用同樣的旗標", 2)
+
+
+@contextlib.contextmanager
+def end_at_once():
+    """在這個 with 裡，Ctrl-C 與 SIGTERM 不等迴圈來看旗標，立刻以 130 結束；離開時還回去。"""
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in signals}
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def named_weights(module) -> dict:
@@ -124,6 +185,8 @@ def save_weights(path: Path, module) -> None:
 def load_weights(path: Path, module, flag: str) -> None:
     """把 save_weights 的檔案讀回 module；flag 是使用者給檔名的旗標。"""
     try:
+        if path.exists() and not path.is_file():  # 管線會一直等人寫
+            raise ValueError("不是檔案")
         with np.load(path, allow_pickle=False) as arrays:
             loaded = {name: arrays[name] for name in named_weights(module)}
         for name, param in named_weights(module).items():
@@ -133,4 +196,4 @@ def load_weights(path: Path, module, flag: str) -> None:
             param[...] = array
     except Exception as error:  # 壞掉的檔案在 NumPy 與 zipfile 裡丟出各種例外
         reason = f"{flag} {path} 讀不出這一課的權重 ({error})"
-        raise LessonError(f"{reason}；要是同樣的旗標訓練出來的 weights.npz", 2) from error
+        raise LessonError(f"{reason}；要是同樣的旗標訓練時存的 .npz", 2) from error

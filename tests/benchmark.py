@@ -51,18 +51,34 @@ lesson_extras = load(LESSONS[0]).extras.lesson_extras
 SEEDS, show_mean, show_difference = lesson_extras.SEEDS, lesson_extras.show_mean, lesson_extras.show_difference
 
 
+# *_extras.py 裡只排表格、畫圖、看它玩的函式：紀錄裡的數字不經過它們，改了只要重畫，不必重跑。
+ONLY_SHOWS = re.compile(
+    r"draw.*|show_.*|.*_table|interval|figure|save_gif|describe"
+    r"|play|watch|check_settings|end_at_once|has_display|load_weights"
+)
+
+
 def code_digest(lesson: str, extras: bool = False) -> str:
-    """這一課程式的指紋，註解與說明文字不算；extras 決定要不要連 *_extras.py 一起算。"""
+    """這一課程式的指紋，註解與說明文字不算；extras 決定要不要連 *_extras.py 裡量東西的一起算。"""
     digest = hashlib.sha256()
     for path in sorted((ROOT / lesson).glob("*.py")):
-        if path.name == "lesson.py" or (path.stem.endswith("_extras") and not extras):
+        is_extras = path.stem.endswith("_extras")
+        if path.name == "lesson.py" or (is_extras and not extras):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
+        if is_extras:
+            tree.body = [node for node in tree.body if not only_shows(node)]
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:16]
+
+
+def only_shows(node: ast.stmt) -> bool:
+    """匯入也不算：用到它的函式自己會算。"""
+    named = isinstance(node, ast.FunctionDef) and ONLY_SHOWS.fullmatch(node.name)
+    return bool(named) or isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def stamp(lesson: str, extras: bool = False) -> dict:
@@ -316,10 +332,15 @@ def benchmark_compare(lesson: str, write: bool) -> None:
                     write_json(path, record)
                     copy_figures(lesson, Path(folder))
             partial.unlink(missing_ok=True)
-        text = getattr(load(lesson).extras, table)(record["rows"])
+        extras = load(lesson).extras
+        text = getattr(extras, table)(record["rows"])
         print(text)
         if write:
             replace_block(ROOT / lesson / "README.md", name, text)
+            if name == "comparison" and hasattr(extras, "draw_comparison"):  # 圖和表一樣，由紀錄重畫
+                with tempfile.TemporaryDirectory() as folder:
+                    extras.draw_comparison(record["rows"], Path(folder))
+                    copy_figures(lesson, Path(folder))
 
 
 def default_runs(lesson: str, flags: str) -> list[dict]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from urllib.parse import unquote
 
 import benchmark
@@ -112,7 +113,9 @@ def test_every_number_of_the_notes_stands_in_a_lesson():
         linked = re.findall(r"\]\((\w+/README\.md)#", part)
         known = "".join(map(text_of, linked)).replace("−", "-").replace(",", "")
         for number in re.findall(NUMBER, re.sub(r"\]\([^)]*\)|`[^`]*`", "", part).replace("−", "-")) if linked else ():
-            found = rf"(?<![\d.]){re.escape(number.replace(',', ''))}(?!\d)"
+            whole = "." not in number  # 表格的單位寫在欄名裡；整數短，至少要站在區間前面
+            found = re.escape(number.replace(",", "").removesuffix(" %")) + (r"( %| \[)" if whole else "")
+            found = rf"(?<![\d.]){found}(?!\d)"
             assert re.search(found, known), f"{number} is not in {linked}: {part}"
             checked += 1
     assert checked >= 40
@@ -198,3 +201,42 @@ def test_every_committed_figure_is_shown(lesson):
     text = text_of(f"{lesson}/README.md")
     for figure in (ROOT / lesson / "figures").iterdir():
         assert figure.suffix == ".json" or f"figures/{figure.name}" in text, figure.name
+
+
+def test_a_record_is_stale_when_what_measures_changes(monkeypatch, tmp_path):
+    """量東西的程式變了，紀錄就過期；只改註解、畫圖或表格，不必重跑。"""
+    folder = tmp_path / "2_Cart_Pole_DQN"
+    shutil.copytree(ROOT / folder.name, folder, ignore=shutil.ignore_patterns("figures", "outputs", ".jax_cache"))
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    before = benchmark.code_digest(folder.name, extras=True)
+
+    def changed(name: str, old: str, new: str) -> bool:
+        path = folder / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        after = benchmark.code_digest(folder.name, extras=True)
+        path.write_text(text, encoding="utf-8")
+        return after != before
+
+    assert not changed("cart_pole_dqn_extras.py", "does Q run away?", "does it?")
+    assert not changed("lesson_extras.py", "duration=60", "duration=50")
+    assert not changed("cart_pole_dqn.py", "# 8. 主程式", "# 主程式")
+    assert changed("cart_pole_dqn_extras.py", "COMPARE_STEPS = 40_000", "COMPARE_STEPS = 50_000")
+    assert changed("cart_pole_dqn_extras.py", '"eval_means": float(returns.mean())', '"eval_means": 0.0')
+    assert changed("lesson_extras.py", "range(1000, 1010)", "range(10)")
+    assert changed("cart_pole_dqn.py", "returns.mean()", "returns.max()")
+
+
+def test_every_claim_has_its_evidence():
+    """說法、判定、只改的一樣、數字與區間、種子、指令，一格都不空；十個種子的數字要有區間，沒有的要說。"""
+    table = text_of("README.md").partition("## 每個說法都有一次執行")[2].partition("### 沒有驗的說法")[0]
+    header, _, *rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header] == ["說法", "判定", "只改這一樣", "跑出來", "種子", "指令"]
+    assert len(rows) >= 30
+    for row in rows:
+        claim, _, _, figures, seeds, _ = (cell.strip() for cell in row)
+        assert all(cell.strip() for cell in row), claim
+        assert "](" in figures, claim  # 數字在哪一節
+        if seeds.startswith("10"):
+            assert re.search(r"\[[-+−]?[\d.e+-]+, [-+−]?[\d.e+-]+\]", figures) or "沒有區間" in figures, claim

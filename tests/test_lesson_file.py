@@ -144,6 +144,28 @@ def test_closed_outputs_do_not_stop_a_lesson(closed, tmp_path):
     assert (tmp_path / "out" / "learning_curve.png").stat().st_size > 0
 
 
+def test_ctrl_c_ends_with_130_also_when_nobody_reads_the_output(tmp_path):
+    """`python … | tee log`：Ctrl-C 也結束了 tee。"""
+    terminal, child_side = open_terminal()
+    process = start(LESSON, "--episodes 1000000 --out-dir out", tmp_path, stderr=child_side)
+    os.close(child_side)
+    process.stdout.close()
+    wait_for("平均", terminal)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    os.close(terminal)
+    assert metrics(tmp_path / "out")["episodes"] > 0
+
+
+def test_results_that_are_not_finite_are_refused(tmp_path):
+    """最後一次更新才發散：metrics.json 不會有 NaN，也不會是半個檔案。"""
+    module = load(LESSON)
+    with pytest.raises(lesson.LessonError) as stopped:
+        module.RUN.save_metrics(module.Config(out_dir=tmp_path), 1.0, losses=[1.0, float("nan")])
+    assert stopped.value.args == ("結果不是有限的數；把學習率調小再試", 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_bars_in_a_log(tmp_path):
     result = run(LESSON, "--compare --episodes 20 --decay-episodes 10 --out-dir out", tmp_path)
     assert result.returncode == 0
@@ -373,6 +395,59 @@ def test_damaged_weights_are_refused_in_one_sentence(tmp_path):
         assert refused.value.args[1] == 2
         assert refused.value.args[0].startswith(f"--watch {tmp_path / 'damaged' / name} 讀不出這一課的權重")
         assert "\n" not in refused.value.args[0], name
+    os.mkfifo(tmp_path / "pipe")
+    for other_kind in (tmp_path / "pipe", tmp_path, Path("")):  # 管線會一直等人寫
+        with pytest.raises(lesson.LessonError, match="不是檔案"):
+            lesson_extras.load_weights(other_kind, module, "--watch")
     other = nnx.Linear(3, 2, rngs=nnx.Rngs(1))
     lesson_extras.load_weights(tmp_path / "whole.npz", other, "--watch")
     np.testing.assert_array_equal(other.kernel[...], module.kernel[...])
+
+
+# 看它玩
+
+
+def watched(play, tmp_path, module=None, **changes):
+    module = module or nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    lesson_extras.save_weights(tmp_path / "weights.npz", module)
+    config = load(JAX_LESSON).Config(watch=tmp_path / "weights.npz", out_dir=tmp_path, **changes)
+    lesson_extras.watch(play, module, config)
+
+
+def test_ctrl_c_ends_watching_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(lesson_extras, "has_display", lambda: True)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        start = time.monotonic()
+        with pytest.raises(SystemExit) as stopped:
+            watched(lambda agent, mode, number=number: (os.kill(os.getpid(), number), time.sleep(60)), tmp_path)
+        assert stopped.value.code == 130
+        assert time.monotonic() - start < 30
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_display_that_is_gone_gives_a_gif(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("DISPLAY", ":77")
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-77")
+    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
+    modes = []
+    watched(lambda agent, mode: modes.append(mode) or [np.zeros((4, 4, 3), np.uint8)], tmp_path)
+    assert modes == ["rgb_array"]
+    assert "沒有螢幕" in capsys.readouterr().out
+    assert (tmp_path / "agent.gif").stat().st_size > 0
+
+
+def test_weights_are_watched_with_the_flag_they_were_trained_with(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": {"normalize_observations": False}}))
+    with pytest.raises(lesson.LessonError, match="--no-normalize-observations 訓練的"):
+        watched(None, tmp_path)
+    for content in ("{", "[]", '{"config": null}'):  # 不是我們寫的，就不核對
+        (tmp_path / "metrics.json").write_text(content)
+        watched(lambda agent, mode: [np.zeros((4, 4, 3), np.uint8)], tmp_path)
+
+
+def test_an_interval_of_values_that_differ_in_the_last_bit(recwarn):
+    values = [0.1 + 0.2, 0.3, 0.3, 0.3]
+    low, high = lesson_extras.interval(values)
+    assert low == high == pytest.approx(0.3)
+    assert not recwarn.list
