@@ -235,11 +235,16 @@ def comparison_table(rows: dict) -> str:
     """差是和第一列同一個種子相減；高估是起點的 max Q 減去同一批回合真正的折扣回報。最後是未訓練的網路與分格的表。"""
     lines, first = [], next(iter(rows.values()))
     for name, row in rows.items():
-        training = [np.mean([value for _, value in curve]) if curve else np.nan for curve in row["curves"]]
+        training = [np.mean([value for _, value in curve]) for curve in row["curves"] if curve]
         largest = [max((value for _, value in curve), default=np.nan) for curve in row["largest_q"]]
         shared = min(len(row["eval_means"]), len(first["eval_means"]))  # 中斷時每一列的種子不一樣多
         difference = show_difference(row["eval_means"][:shared], first["eval_means"][:shared])
-        cells = [f"`{name}`", show_mean(training), show_mean(row["eval_means"]), f"{min(row['eval_means']):.1f}"]
+        cells = [
+            f"`{name}`",
+            show_mean(training) if training else "—",
+            show_mean(row["eval_means"]),
+            f"{min(row['eval_means']):.1f}",
+        ]
         cells += ["—" if row is first else difference, f"{np.median(largest):.0f}", f"{max(largest):.0f}"]
         over = np.subtract(row["start_q"], row["true_returns"])
         lines.append([*cells, show_mean(row["true_returns"]), show_mean(over, "{:+.1f}")])

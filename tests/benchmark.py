@@ -98,6 +98,23 @@ def announce(what: str, seconds: float) -> None:
     print(f"{what}：大概還要 {seconds / 60:.0f} 分鐘", flush=True)
 
 
+def results_seconds(lesson: str) -> float:
+    """還沒有記錄的結果，大概要幾秒；下面兩個一樣，各是比較與試驗的。"""
+    return (len(SEEDS) - len(recorded(lesson, "results").get("runs", []))) * recorded_seconds(lesson)
+
+
+def comparison_seconds(lesson: str, name: str) -> float:
+    """照上一次花的時間；沒有就當作十分鐘。"""
+    path = ROOT / lesson / "figures" / f"{name}.json"
+    last = json.loads(path.read_text(encoding="utf-8")).get("seconds", 600) if path.exists() else 600
+    return 0 if "rows" in recorded(lesson, name, extras=True) else last
+
+
+def trials_seconds(lesson: str) -> float:
+    known = recorded(lesson, "trials").get("runs", {})
+    return sum(flags not in known for _, flags in trial_rows(lesson)) * len(SEEDS) * recorded_seconds(lesson) / 2
+
+
 def recorded_seconds(lesson: str) -> float:
     """上一次紀錄裡，跑一次的秒數 (中位數)；沒有紀錄就當作 30 秒。"""
     path = ROOT / lesson / "figures" / "results.json"
@@ -209,6 +226,9 @@ def evolution_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+COMPARE = {"comparison": ("--compare", "comparison", "comparison_table")}  # 沒有寫在 COMPARISONS 裡的課
+
+
 def machine() -> str:
     cores = len(os.sched_getaffinity(0))
     return f"{cores} 個 CPU 核心、沒有 GPU，CPython {platform.python_version()}"
@@ -261,7 +281,7 @@ def write_json(path: Path, record) -> None:
 def benchmark_results(lesson: str, write: bool) -> None:
     record = recorded(lesson, "results")
     runs = record.setdefault("runs", [])
-    announce(f"{lesson} 的結果", (len(SEEDS) - len(runs)) * recorded_seconds(lesson))
+    announce(f"{lesson} 的結果", results_seconds(lesson))
     record["machine"] = machine()
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS[len(runs) :]:
@@ -314,13 +334,11 @@ def run_and_remember(lesson: str, partial: str, *flags: str) -> None:
 
 
 def benchmark_compare(lesson: str, write: bool) -> None:
-    default = {"comparison": ("--compare", "comparison", "comparison_table")}
-    for name, (flags, key, table) in COMPARISONS.get(lesson, default).items():
+    for name, (flags, key, table) in COMPARISONS.get(lesson, COMPARE).items():
         record = recorded(lesson, name, extras=True)
         if "rows" not in record:
             path = ROOT / lesson / "figures" / f"{name}.json"
-            last = json.loads(path.read_text(encoding="utf-8")).get("seconds", 600) if path.exists() else 600
-            announce(f"{lesson} 的 {name}", last)
+            announce(f"{lesson} 的 {name}", comparison_seconds(lesson, name))
             start = time.perf_counter()
             partial = path.with_suffix(".partial.json")
             with tempfile.TemporaryDirectory() as folder:
@@ -358,7 +376,7 @@ def benchmark_trials(lesson: str, write: bool) -> None:
     known = record.get("runs", {})
     record["runs"] = {flags: known[flags] for _, flags in rows if flags in known}
     missing = [(name, flags) for name, flags in rows if flags not in record["runs"]]
-    announce(f"{lesson} 的試驗", len(missing) * len(SEEDS) * recorded_seconds(lesson) / 2)
+    announce(f"{lesson} 的試驗", trials_seconds(lesson))
     for name, flags in missing:
         runs = default_runs(lesson, flags) or run_seeds(lesson, flags, workers=2, env=environment())
         keys = ("seed", *RESULTS[lesson], *CONSTANTS.get(lesson, {}))
@@ -383,11 +401,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def seconds_left(lesson: str, arguments: argparse.Namespace) -> float:
+    if not (arguments.compare or arguments.trials):
+        return results_seconds(lesson)
+    comparisons = COMPARISONS.get(lesson, COMPARE) if arguments.compare else ()
+    seconds = sum(comparison_seconds(lesson, name) for name in comparisons)
+    return seconds + (trials_seconds(lesson) if arguments.trials else 0)
+
+
 def main() -> None:
     arguments = make_parser().parse_args()
     if not arguments.all and arguments.lesson is None:
         make_parser().error("要給一課的資料夾名，或 --all")
-    for lesson in LESSONS if arguments.all else [arguments.lesson]:
+    lessons = LESSONS if arguments.all else [arguments.lesson]
+    announce("全部", sum(seconds_left(lesson, arguments) for lesson in lessons))
+    for lesson in lessons:
         if not (arguments.compare or arguments.trials):
             benchmark_results(lesson, arguments.write)
         if arguments.compare:

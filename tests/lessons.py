@@ -300,7 +300,7 @@ FRONT_PAGE = {
     "1_Q_Learning": ("第 1 課：Q-Learning", "沒有地圖，怎麼用一張表學會最短的路？", "max_abs_error", "1e-6 以下"),
     "2_Cart_Pole_DQN": ("第 2 課：DQN", "表格放不下，換成神經網路會出什麼問題？", "eval_mean", "475 以上"),
     "3_Pendulum": ("第 3 課：PPO", "動作是連續的，怎麼直接學策略？", "eval_mean", "−175 以上"),
-    "4_GRPO_MNIST": ("第 4 課：GRPO", "不要評論家，一群答案互相比較夠不夠？", "test_accuracy", "97.2 以上"),
+    "4_GRPO_MNIST": ("第 4 課：GRPO", "不要評論家，整批的答案互相比較夠不夠？", "test_accuracy", "97.2 以上"),
     "5_Sharding_Demo": (
         "第 5 課：Mesh",
         "模型放不進一顆晶片，怎麼切？切完算的還一樣嗎？",

@@ -508,7 +508,7 @@ def test_weights_survive_saving_and_loading(tmp_path):
     agent.train_step(random_batch())
     dqn.save_weights(tmp_path / "weights.npz", agent)
     assert not np.array_equal(weights(agent.online_network), weights(other.online_network))
-    extras.load_weights(tmp_path / "weights.npz", other, "--watch")
+    extras.lesson_extras.load_weights(tmp_path / "weights.npz", other, "--watch")
     for network in ("online_network", "target_network"):
         assert np.array_equal(weights(getattr(agent, network)), weights(getattr(other, network)))
 

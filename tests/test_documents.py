@@ -95,9 +95,10 @@ def test_every_command_parses(readme):
 
 def test_the_jax_page_runs_as_printed():
     scope, blocks = {}, re.findall(r"```python\n(.*?)```", block(text_of("README.md"), "jax"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for code in blocks:
         exec(code, scope)
+    assert scope["halved"]["kernel"].tolist() == [[0.5]] * 3
     assert scope["slope"] == pytest.approx(2 * ((2 * 5 - 1) * 5 + (2 - 1) * 1 + (2 * 2 - 1) * 2))
     assert scope["last"] == pytest.approx(1 + 0.9 + 0.81 + 0.729)
     assert scope["history"].tolist() == pytest.approx([0, 1, 1.9, 2.71])
