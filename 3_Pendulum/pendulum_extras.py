@@ -5,6 +5,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import jax
@@ -129,17 +130,17 @@ def gradient_config(config):
 
 def play(agent, render_mode: str) -> list[np.ndarray]:
     """從垂直向下的靜止狀態，用平均動作玩一個回合；rgb_array 時回傳每兩步一張的畫面。"""
-    if render_mode == "rgb_array":
-        os.environ["SDL_VIDEODRIVER"] = "dummy"  # 不開視窗，請 SDL 不要找螢幕
+    no_window = {"SDL_VIDEODRIVER": "dummy"} if render_mode == "rgb_array" else {}  # 請 SDL 不要找螢幕
     env, policy = gym.make("Pendulum-v1", render_mode=render_mode), agent.policy()
     env.reset(seed=0)
     env.unwrapped.state = np.array([np.pi, 0.0])
     state, frames = np.array([-1.0, 0.0, 0.0], np.float32), []
-    for step in range(EPISODE_STEPS):
-        state, *_ = env.step(np.asarray(policy(state[None]).loc))
-        if render_mode == "rgb_array" and step % 2 == 0:
-            frames.append(env.render())
-    env.close()
+    with mock.patch.dict(os.environ, no_window):
+        for step in range(EPISODE_STEPS):
+            state, *_ = env.step(np.asarray(policy(state[None]).loc))
+            if render_mode == "rgb_array" and step % 2 == 0:
+                frames.append(env.render())
+        env.close()
     return frames
 
 

@@ -1,4 +1,7 @@
-"""第 4 課跑完之後看的東西：記憶體的帳、兩張圖、--compare。腳本把要用的函式傳進來，這裡不匯入腳本。"""
+"""第 4 課跑完之後看的東西：記憶體的帳、兩張圖、--compare。腳本把要用的函式傳進來，這裡不匯入腳本。
+
+預設執行的兩張圖自己排版 (subplots_adjust)，省下自動排版 (layout) 的時間。
+"""
 
 import math
 from dataclasses import replace
@@ -100,7 +103,8 @@ def draw_learning_curve(columns: dict, config, train_target: float, test_target:
         ("training set, sampled", columns["train_accuracy"], train_target, "C0"),
         ("test set, greedy", columns["test_accuracy"], test_target, "C1"),
     )
-    with figure(config.out_dir / "learning_curve.png", figsize=(7, 4)) as (_, axes):
+    with figure(config.out_dir / "learning_curve.png", figsize=(7, 4), layout="none") as (canvas, axes):
+        canvas.subplots_adjust(left=0.1, right=0.97, bottom=0.12, top=0.92)
         for label, accuracy, target, color in curves:
             epochs = range(1, len(accuracy) + 1)
             axes.plot(epochs, accuracy, "o-", color=color, label=f"{label}: {accuracy[-1]:.2f} %")
@@ -110,15 +114,18 @@ def draw_learning_curve(columns: dict, config, train_target: float, test_target:
 
 
 def draw_mistakes(guesses: np.ndarray, data, out_dir: Path) -> None:
-    """mistakes.png：測試集裡猜錯的前 40 張，猜的與真的。"""
+    """mistakes.png：測試集裡猜錯的前 40 張，猜的與真的；拼成一張大圖，比 40 個座標軸快得多。"""
     images, labels = np.asarray(data.images), np.asarray(data.labels)
     wrong = np.flatnonzero(guesses != labels)
-    with figure(out_dir / "mistakes.png", 4, 10, figsize=(10, 4.9)) as (canvas, panels):
-        for axes in panels.flat:
-            axes.axis("off")
-        for axes, i in zip(panels.flat, wrong, strict=False):
-            axes.imshow(images[i].reshape(28, 28), cmap="gray_r")
-            axes.set_title(f"guess {guesses[i]}\ntruth {labels[i]}", fontsize=9)
+    tiles, (height, width) = np.zeros((4, 10, 44, 38)), (44, 38)
+    with figure(out_dir / "mistakes.png", figsize=(10, 4.9), layout="none") as (canvas, axes):
+        canvas.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.9)
+        for i, (row, column) in zip(wrong, np.ndindex(4, 10), strict=False):
+            tiles[row, column, 16:, 5:33] = images[i].reshape(28, 28)
+            x, y = column * width + 19, row * height + 15
+            axes.text(x, y, f"guess {guesses[i]}\ntruth {labels[i]}", ha="center", va="bottom", fontsize=9)
+        axes.imshow(tiles.swapaxes(1, 2).reshape(4 * height, 10 * width), cmap="gray_r", vmin=0, vmax=255)
+        axes.axis("off")
         canvas.suptitle(f"{len(wrong)} of {len(labels):,} test images are wrong; the first {min(len(wrong), 40)}")
 
 

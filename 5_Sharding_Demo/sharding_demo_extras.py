@@ -165,8 +165,9 @@ def draw(results: dict, rows: dict[str, dict], out_dir: Path, target: float) -> 
 
 def draw_learning_curve(rows: dict[str, dict], out_dir: Path, target: float) -> None:
     """上：每種策略的損失，疊在一起；下：與 single 的相對差。"""
-    options = {"figsize": (7, 6), "sharex": True, "height_ratios": [3, 2]}
-    with figure(out_dir / "learning_curve.png", 2, 1, **options) as (_, (top, bottom)):
+    options = {"figsize": (7, 6), "layout": "none", "sharex": True, "height_ratios": [3, 2]}
+    with figure(out_dir / "learning_curve.png", 2, 1, **options) as (canvas, (top, bottom)):
+        canvas.subplots_adjust(left=0.14, right=0.97, bottom=0.08, top=0.94, hspace=0.08)
         for i, (name, row) in enumerate(rows.items()):
             steps = np.arange(1, len(row["losses"]) + 1)
             top.plot(steps, row["losses"], color=f"C{i}", lw=9 - 1.5 * i, alpha=0.8, label=name)
@@ -184,8 +185,9 @@ def draw_learning_curve(rows: dict[str, dict], out_dir: Path, target: float) -> 
 def draw_bytes_and_collectives(rows: dict[str, dict], out_dir: Path) -> None:
     """左：一個裝置放多少；右：編譯器加了多少通訊。"""
     names = list(rows)
-    options = {"figsize": (11, 4.2), "sharey": True}
-    with figure(out_dir / "bytes_and_collectives.png", 1, 2, **options) as (_, (left, right)):
+    options = {"figsize": (11, 4.2), "layout": "none", "sharey": True}
+    with figure(out_dir / "bytes_and_collectives.png", 1, 2, **options) as (canvas, (left, right)):
+        canvas.subplots_adjust(left=0.1, right=0.98, bottom=0.13, top=0.92, wspace=0.06)
         start = np.zeros(len(names))
         for i, kind in enumerate(("parameters", "gradients", "moments")):
             sizes = np.array([rows[name]["bytes"][kind] for name in names]) / 1e6
@@ -221,7 +223,9 @@ def draw_placement(result, path: Path) -> None:
     rows, columns = mesh.devices.shape
     panels = {("tokens", "batch", "sequence"): (tokens.shape, tokens.sharding)}
     panels["gate (one layer)", "embed", "mlp"] = gate_layer(result)
-    with figure(path, 1, 3, figsize=(10, 3.4), width_ratios=[1, 2, 2]) as (canvas, (chart, *others)):
+    options = {"figsize": (10, 3.4), "layout": "none", "width_ratios": [1, 2, 2]}
+    with figure(path, 1, 3, **options) as (canvas, (chart, *others)):
+        canvas.subplots_adjust(left=0.04, right=0.98, bottom=0.09, top=0.81, wspace=0.2)
         for i in range(mesh.devices.size):
             draw_block(chart, (i // columns, i // columns + 1), (i % columns, i % columns + 1), str(i), "0.9")
         chart.set(xlim=(0, columns), ylim=(rows, 0), xlabel=f"model ({columns})", ylabel=f"data ({rows})")

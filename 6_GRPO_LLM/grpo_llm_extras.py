@@ -196,8 +196,9 @@ def draw(result, config, base: dict, trained: dict) -> None:
 def draw_learning_curve(result, config) -> None:
     """正確率、逐步作答的比率、長度，一張圖；下面是沒有訊號的題目。"""
     curve, updates = result.curve, np.arange(1, result.updates + 1)
-    options = {"figsize": (7, 5.6), "sharex": True, "height_ratios": [3, 1]}
-    with figure(config.out_dir / "learning_curve.png", 2, 1, **options) as (_, (top, bottom)):
+    options = {"figsize": (7, 5.6), "layout": "none", "sharex": True, "height_ratios": [3, 1]}
+    with figure(config.out_dir / "learning_curve.png", 2, 1, **options) as (canvas, (top, bottom)):
+        canvas.subplots_adjust(left=0.1, right=0.9, bottom=0.09, top=0.94, hspace=0.1)
         top.plot(updates, 100 * np.array(curve["reward"]), "o-", ms=3, color="C0", label="reward, sampled")
         top.plot(updates, 100 * np.array(curve["step_by_step"]), "s-", ms=3, color="C1", label="step-by-step answers")
         top.set(ylabel="%", ylim=(-3, 103), title=f"{config.algorithm}: one batch of {config.rows} answers per update")
@@ -214,7 +215,8 @@ def draw_learning_curve(result, config) -> None:
 
 def draw_pass_at_k(rows: dict, config) -> None:
     """pass@k：k 個答案裡至少一個對。"""
-    with figure(config.out_dir / "pass_at_k.png", figsize=(6, 3.8)) as (_, axes):
+    with figure(config.out_dir / "pass_at_k.png", figsize=(6, 3.8), layout="none") as (canvas, axes):
+        canvas.subplots_adjust(left=0.12, right=0.97, bottom=0.13, top=0.92)
         for name, row in rows.items():
             axes.plot(PASS_KS, list(row["pass_at_k"].values()), "o-", label=name)
         axes.set(

@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(items):
 def call(monkeypatch, capsys):
     """在這個行程裡執行一課的 main：使用者的行程沒有差別的，例如被拒絕的旗標。回傳 (結束狀態, stdout, stderr)。"""
 
-    def call(lesson: str, flags: str) -> tuple[int, str, str]:
+    def call(lesson: str, flags: str | list[str]) -> tuple[int, str, str]:
         module = lessons.load(lesson)
-        monkeypatch.setattr(sys, "argv", [lessons.SCRIPTS[lesson], *flags.split()])
+        monkeypatch.setattr(sys, "argv", [lessons.SCRIPTS[lesson], *lessons.arguments(flags)])
         capsys.readouterr()
         status = 0
         try:

@@ -393,12 +393,15 @@ def short_environment() -> dict[str, str]:
     return environment() | FAST_COMPILE
 
 
+def arguments(flags: str | list[str]) -> list[str]:
+    return flags.split() if isinstance(flags, str) else flags
+
+
 def run(
     lesson: str, flags: str | list[str], cwd: Path, env: dict | None = None, path: Path | None = None
 ) -> subprocess.CompletedProcess:
     """在子行程裡執行一課，或複製到 path 的那一支；工作目錄是 cwd，不是專案的根目錄。沒有給 env 就是短跑的環境。"""
-    arguments = flags.split() if isinstance(flags, str) else flags
-    command = [sys.executable, str(path or script(lesson)), *arguments]
+    command = [sys.executable, str(path or script(lesson)), *arguments(flags)]
     options = {"capture_output": True, "encoding": "utf-8", "timeout": 900}
     return subprocess.run(command, cwd=cwd, env=env or short_environment(), **options)
 

@@ -550,10 +550,11 @@ def test_default_run_reaches_the_target_and_can_be_watched(call, tmp_path, monke
     files = {"learning_curve.png", "q_values.png", "agent.gif", "weights.npz", "metrics.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
-    watched = run("2_Cart_Pole_DQN", "--watch out/weights.npz --out-dir watched", tmp_path, environment())
-    assert watched.returncode == 0, watched.stderr
-    assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
     monkeypatch.chdir(tmp_path)
+    status, out, err = call("2_Cart_Pole_DQN", "--watch out/weights.npz --out-dir watched")
+    assert (status, err) == (0, "")
+    assert out.startswith("沒有螢幕")
+    assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
     (tmp_path / "broken.npz").write_bytes(b"not weights")
     for flags in ("--watch broken.npz", "--watch out/weights.npz --hidden-size 32"):
         status, _, err = call("2_Cart_Pole_DQN", flags)
