@@ -1,15 +1,13 @@
-"""第 5 課的裝置：有幾個、從哪裡來；幾台主機怎麼連上；幾件編譯怎麼同時做。"""
+"""第 5 課的裝置：有幾個、從哪裡來；幾件編譯怎麼同時做。"""
 
 import gc
 import os
-import re
-import signal
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+from hosts import check_processes, connect  # noqa: F401
 from jax.extend import backend
 from tqdm import tqdm
 
@@ -18,22 +16,6 @@ import lesson
 FAKE_DEVICES = 8
 COUNT_FLAG = "--xla_force_host_platform_device_count"
 COUNT_VARIABLE = "JAX_NUM_CPU_DEVICES"  # 它比 XLA_FLAGS 優先
-
-
-def check_processes(config) -> None:
-    """幾台主機的旗標要彼此相合；不合就丟出 ValueError。"""
-    number, coordinator = config.num_processes, config.coordinator
-    if config.process_id >= number:
-        right = f"行程從 0 數到 {number - 1} (--num-processes {number})"
-        raise ValueError(f"--process-id 是 {config.process_id}；{right}")
-    if number > 1 and not coordinator:
-        raise ValueError(f"--num-processes 是 {number}，卻沒有 --coordinator；要是第 0 個行程的 HOST:PORT")
-    if coordinator == "auto" and number > 1:
-        wrong = f"--coordinator auto 與 --num-processes {number} 一起用"
-        raise ValueError(f"{wrong}；auto 自己知道有幾個行程，不要寫 --num-processes")
-    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
-    if coordinator not in ("", "auto") and not (port and 0 < int(port[1]) < 2**16):
-        raise ValueError(f"--coordinator 是 {coordinator}；要是 HOST:PORT，例如 127.0.0.1:9876，或 auto")
 
 
 def start_devices(config, needed: int) -> None:
@@ -82,43 +64,6 @@ def right_devices(wanted: int, found: int, ledger: bool) -> str:
     elif count_is_set_by() and found != wanted:
         right.append(f"個數是環境變數 {count_is_set_by()} 設的，拿掉它就有 {wanted} 個")
     return "；".join(right)
-
-
-def connect(config) -> None:
-    """和其他行程連上。之後 Ctrl-C 立刻結束：只停下一個行程，其他的會永遠等它。"""
-    end_at_once()
-    try:
-        if config.coordinator == "auto":
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    except ValueError as error:
-        wrong = "--coordinator auto 在這裡找不到 TPU 或 Slurm" if config.coordinator == "auto" else str(error)
-        raise lesson.LessonError(f"{wrong}；要寫第 0 個行程的 HOST:PORT", 2) from error
-    except RuntimeError as error:
-        wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
-        raise lesson.LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
-    take_signals()  # initialize 把 SIGTERM 換成它自己的，收到了也不結束
-
-
-def end_at_once() -> None:
-    """收到 Ctrl-C 或 SIGTERM 就以 130 結束，主執行緒卡在 XLA 裡等別人時也一樣。"""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno())  # 訊號一到，不等主執行緒，就寫進這裡
-    take_signals()
-
-    def wait() -> None:
-        reader.recv(1)
-        os._exit(130)
-
-    threading.Thread(target=wait, daemon=True).start()
-    end_at_once.sockets = reader, writer
-
-
-def take_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(130))
 
 
 def progress_bar(description: str, total: int, unit: str, progress: bool = True) -> tqdm:

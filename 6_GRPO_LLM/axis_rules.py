@@ -5,13 +5,13 @@ import itertools
 import math
 import os
 import re
-import signal
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
+from hosts import check_processes, connect  # noqa: F401
 from jax.extend import backend
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -93,20 +93,6 @@ def check_rules(rules: dict, mesh: dict[str, int], sizes: list[tuple[str, int]])
             raise ValueError(f"--rules 把 {axis} 的 {size} 切成 {parts} 份，除不盡；要是 {parts} 的倍數")
 
 
-def check_processes(config) -> None:
-    """幾台主機的三個旗標要對得起來；不行就丟出 ValueError。"""
-    if config.process_id >= config.num_processes:
-        wrong = f"--process-id 是 {config.process_id}"
-        raise ValueError(f"{wrong}；行程從 0 數到 {config.num_processes - 1} (--num-processes {config.num_processes})")
-    if config.num_processes > 1 and not config.coordinator:
-        raise ValueError(
-            f"--num-processes 是 {config.num_processes}，卻沒有 --coordinator；要是第 0 個行程的 HOST:PORT"
-        )
-    port = re.fullmatch(r".+:(\d{1,5})", config.coordinator)
-    if config.coordinator and not (port and 0 < int(port[1]) < 2**16):
-        raise ValueError(f"--coordinator 是 {config.coordinator}；要是 HOST:PORT，例如 127.0.0.1:9876")
-
-
 def start_devices(config) -> None:
     """在 JAX 啟動之前決定裝置：CPU 分成幾個假裝置；幾台主機時先互相連上。"""
     wanted = FAKE_DEVICES["train" if config.measure == "none" else "measure"]
@@ -122,24 +108,6 @@ def start_devices(config) -> None:
             jax.config.update("jax_num_cpu_devices", count)
     if config.coordinator:
         connect(config)
-
-
-def connect(config) -> None:
-    """和其他行程連上。從這裡起 Ctrl-C 與 SIGTERM 立刻結束：只停下一個行程，其他的會永遠等它。"""
-    end_at_once()
-    jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
-    try:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    except RuntimeError as error:
-        wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
-        raise LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
-    end_at_once()  # initialize 把 SIGTERM 換成它自己的，收到了也不結束
-
-
-def end_at_once() -> None:
-    """把訊號還給作業系統：主執行緒卡在 XLA 裡等別人時，也立刻結束。"""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def mesh_shape(mesh: str) -> dict[str, int]:

@@ -77,7 +77,7 @@ class Config:
     dynamic_sampling: bool = False  # 全對與全錯的題目換掉，重新採樣
     mesh: str = "auto"  # Mesh 的形狀：data 軸 x model 軸；auto 在 CPU 上是兩個假裝置 2x1，別處全放 data 軸
     rules: str = "batch=data,heads=model,mlp=model"  # 規則手冊：邏輯軸=Mesh 軸；兩個軸合起來寫 data+model
-    coordinator: str = ""  # 多台主機：第 0 個行程的 HOST:PORT
+    coordinator: str = ""  # 多台主機：第 0 個行程的 HOST:PORT；auto 表示由 TPU 或 Slurm 的環境決定
     num_processes: Annotated[int, (1, 64)] = 1  # 多台主機：總共幾個行程
     process_id: Annotated[int, (0, 63)] = 0  # 多台主機：這是第幾個行程，從 0 開始
     measure: Literal["none", "mesh", "cost", "ledger"] = "none"  # 不訓練，改量切法、採樣的成本，或算 80 億參數的帳

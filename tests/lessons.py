@@ -263,6 +263,7 @@ WRONG = {
         "--num-processes 2",
         "--coordinator nowhere",
         "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
+        "--coordinator auto --num-processes 2",
         "--base no-such-file.npz",
         "--compare --base no-such-file.npz",
         "--compare --algorithm ppo",

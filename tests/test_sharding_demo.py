@@ -648,8 +648,23 @@ def test_a_signal_ends_one_of_several_processes_at_once(lesson, number, tmp_path
     time.sleep(1)  # 接起電話之後，才開始等別人
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == (130 if lesson == "5_Sharding_Demo" else -number)
+    assert process.returncode == 130
     assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lesson", ["5_Sharding_Demo", "6_GRPO_LLM"])
+def test_a_port_that_is_taken_is_refused_in_one_sentence(lesson, tmp_path):
+    """以前 jaxlib 直接當掉 (segmentation fault)。"""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        coordinator = f"127.0.0.1:{other.getsockname()[1]}"
+        process = start_process(f"--coordinator {coordinator} --num-processes 2 --out-dir out", tmp_path, lesson)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith(f"錯誤：--coordinator {coordinator} 的埠開不了 (")
+    assert err.endswith("；換一個埠，或結束佔著它的行程\n")
     assert not list(tmp_path.iterdir())
 
 

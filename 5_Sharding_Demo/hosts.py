@@ -1,0 +1,78 @@
+"""幾台主機：旗標要彼此相合；連上其他行程；連上之後 Ctrl-C 立刻結束。第 5、6 課的這個檔案相同。"""
+
+import os
+import re
+import signal
+import socket
+import threading
+
+import jax
+
+from lesson import LessonError
+
+
+def check_processes(config) -> None:
+    """幾台主機的旗標要彼此相合；不合就丟出 ValueError。"""
+    number, coordinator = config.num_processes, config.coordinator
+    if config.process_id >= number:
+        right = f"行程從 0 數到 {number - 1} (--num-processes {number})"
+        raise ValueError(f"--process-id 是 {config.process_id}；{right}")
+    if number > 1 and not coordinator:
+        raise ValueError(f"--num-processes 是 {number}，卻沒有 --coordinator；要是第 0 個行程的 HOST:PORT")
+    if coordinator == "auto" and number > 1:
+        wrong = f"--coordinator auto 與 --num-processes {number} 一起用"
+        raise ValueError(f"{wrong}；auto 自己知道有幾個行程，不要寫 --num-processes")
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if coordinator not in ("", "auto") and not (port and 0 < int(port[1]) < 2**16):
+        raise ValueError(f"--coordinator 是 {coordinator}；要是 HOST:PORT，例如 127.0.0.1:9876，或 auto")
+
+
+def connect(config) -> None:
+    """和其他行程連上。之後 Ctrl-C 立刻結束：只停下一個行程，其他的會永遠等它。"""
+    end_at_once()
+    jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
+    try:
+        if config.coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            if config.process_id == 0:
+                check_port(config.coordinator)
+            jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    except ValueError as error:
+        wrong = "--coordinator auto 在這裡找不到 TPU 或 Slurm" if config.coordinator == "auto" else str(error)
+        raise LessonError(f"{wrong}；要寫第 0 個行程的 HOST:PORT", 2) from error
+    except RuntimeError as error:
+        wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
+        raise LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
+    take_signals()  # initialize 把 SIGTERM 換成它自己的，收到了也不結束
+
+
+def check_port(coordinator: str) -> None:
+    """第 0 個行程要在這個埠上等別人。埠被佔著時 jaxlib 會直接當掉 (segmentation fault)，所以先自己開一次。"""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # 剛結束的行程留下的，不算佔著
+        try:
+            probe.bind(("", int(coordinator.rpartition(":")[2])))
+        except OSError as error:
+            wrong = f"--coordinator {coordinator} 的埠開不了 ({error.strerror})"
+            raise LessonError(f"{wrong}；換一個埠，或結束佔著它的行程", 2) from error
+
+
+def end_at_once() -> None:
+    """收到 Ctrl-C 或 SIGTERM 就以 130 結束，主執行緒卡在 XLA 裡等別人時也一樣。"""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())  # 訊號一到，不等主執行緒，就寫進這裡
+    take_signals()
+
+    def wait() -> None:
+        reader.recv(1)
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
+    end_at_once.sockets = reader, writer
+
+
+def take_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
