@@ -177,7 +177,7 @@ def clipped_objective(ratio, advantage, clip_epsilon):
 
 
 def kl_estimate(log_probs, reference_log_probs):
-    """KL(π_θ ‖ π_ref) 的估計，arXiv 2402.03300 式 (4)：動作採樣自 π_θ 時無偏，而且每一項都不是負的。"""
+    """KL(π_θ ‖ π_ref) 的估計，arXiv 2402.03300 式 (4)：動作採樣自 π_θ 時不偏，而且每一項都不是負的。"""
     difference = reference_log_probs - log_probs
     return jnp.exp(difference) - difference - 1
 

@@ -100,7 +100,7 @@ def supervised_log(losses: jax.Array, texts) -> dict:
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
-    """k 個答案裡至少一個對的機率，無偏的估計：1 - C(n - c, k) / C(n, k)；correct (題, n)。Chen 等 (2021)。"""
+    """k 個答案裡至少一個對的機率，不偏估計：1 - C(n - c, k) / C(n, k)；correct (題, n)。Chen 等 (2021)。"""
     n = correct.shape[1]
     missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(axis=1)]
     return float(1 - np.mean(missed))
