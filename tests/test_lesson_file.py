@@ -3,7 +3,6 @@
 import json
 import os
 import pty
-import resource
 import select
 import signal
 import subprocess
@@ -175,12 +174,12 @@ def test_no_bars_in_a_log(tmp_path):
 def test_a_full_disk_leaves_the_old_files_whole(tmp_path):
     assert run(LESSON, f"{SHORT[LESSON]} --out-dir out", tmp_path).returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))}
-    process = start(LESSON, f"{SHORT[LESSON]} --seed 1 --out-dir out", tmp_path, **full)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err.startswith("錯誤：out/metrics.json 寫不進去")
-    assert len(err.splitlines()) == 1
+    command = f"ulimit -f 2; exec {sys.executable} {script(LESSON)} {SHORT[LESSON]} --seed 1 --out-dir out"
+    options = {"env": lessons.short_environment(), "capture_output": True, "encoding": "utf-8"}
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, **options)  # 檔案最大 2 KB
+    assert result.returncode == 1
+    assert result.stderr.startswith("錯誤：out/metrics.json 寫不進去")
+    assert len(result.stderr.splitlines()) == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
