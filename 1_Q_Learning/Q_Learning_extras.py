@@ -182,6 +182,7 @@ def comparison_table(rows: dict) -> str:
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
     """comparison.png：學習時拿到的回報、離精確解多遠，以及從悲觀的表開始時的回報。"""
+    rows = lesson_extras.draw_whole(rows)
     with figure(out_dir / "comparison.png", 1, 3, figsize=(15, 4.4)) as (_, panels):
         for i, (name, row) in enumerate(rows.items()):
             color, episodes, label = f"C{i % 4}", row["episodes"][0], name.split(", ")[0]

@@ -271,6 +271,7 @@ def draw_curves(axes, label: str, curves: list, color: str) -> None:
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
     """comparison.png：左邊學習曲線，右邊最大的 |Q|；穩定器的四種組合。"""
+    rows = lesson_extras.draw_whole(rows)
     with figure(out_dir / "comparison.png", 1, 2, figsize=(12, 4.6)) as (_, (left, right)):
         for i, name in enumerate(name for name in rows if name != "double"):
             for axes, column in ((left, "curves"), (right, "largest_q")):

@@ -22,7 +22,7 @@ class Run:
     """一次執行：什麼時候開始、該不該停 (stop)、怎麼收場。只有直接執行的腳本才接管 Ctrl-C 與 SIGTERM。"""
 
     def __init__(self, name: str, script: str):
-        self.started, self.stop, self.handlers = time.perf_counter(), threading.Event(), {}
+        Run.current, self.started, self.stop, self.handlers = self, time.perf_counter(), threading.Event(), {}
         if name == "__main__" and threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         if name == "__main__" and not NOTEBOOK:

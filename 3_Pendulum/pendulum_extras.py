@@ -318,6 +318,7 @@ def draw_curves(axes, label: str, curves: list, color: str, linestyle: str = "-"
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
     """comparison.png：學習曲線與梯度的變異數；lambda.png：λ 的偏差與標準差；notes_settings.png：筆記的設定與預設值。"""
+    rows = lesson_extras.draw_whole(rows)
     seeds = len(rows["notes"]["curves"])  # 最後一列；它有幾個，別的至少有幾個
     algorithms = [name for name in rows if name != "notes"]
     path, options = out_dir / "comparison.png", {"figsize": (12, 5), "width_ratios": [3, 2]}

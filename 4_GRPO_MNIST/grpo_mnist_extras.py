@@ -126,7 +126,8 @@ def draw_mistakes(guesses: np.ndarray, data, out_dir: Path) -> None:
             axes.text(x, y, f"guess {guesses[i]}\ntruth {labels[i]}", ha="center", va="bottom", fontsize=9)
         axes.imshow(tiles.swapaxes(1, 2).reshape(4 * height, 10 * width), cmap="gray_r", vmin=0, vmax=255)
         axes.axis("off")
-        canvas.suptitle(f"{len(wrong)} of {len(labels):,} test images are wrong; the first {min(len(wrong), 40)}")
+        shown = f"; the first {min(len(wrong), 40)}" if len(wrong) else ""
+        canvas.suptitle(f"{len(wrong)} of {len(labels):,} test images are wrong{shown}")
 
 
 # 比較 ------------------------------------------------------------------------------------------------
@@ -251,6 +252,7 @@ def comparison_table(rows: dict) -> str:
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
     """comparison.png：測試集的錯誤率，以及訓練狀態的大小；std_weights.png：除以標準差之後，難易不同的圖片各有多重。"""
+    rows = lesson_extras.draw_whole(rows)
     with figure(out_dir / "comparison.png", 1, 2, figsize=(12, 4.6), width_ratios=[2, 1]) as (_, (left, right)):
         for i, name in enumerate(("notes", "default", "image_4", "image_16", "ppo", "supervised", "supervised_equal")):
             errors = 100 - np.array(rows[name]["test_accuracy"])

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 
 import jax
@@ -22,8 +23,10 @@ def check_processes(config) -> None:
     if coordinator == "auto" and number > 1:
         wrong = f"--coordinator auto 與 --num-processes {number} 一起用"
         raise ValueError(f"{wrong}；auto 自己知道有幾個行程，不要寫 --num-processes")
-    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
-    if coordinator not in ("", "auto") and not (port and 0 < int(port[1]) < 2**16):
+    if coordinator in ("", "auto"):
+        return
+    parts = re.fullmatch(r"(\[[\da-fA-F:.%]+\]|[^\s:/\[\]]+):(\d{1,5})", coordinator)  # IPv6 要寫成 [::1]:9876
+    if not (parts and 0 < int(parts[2]) < 2**16):
         raise ValueError(f"--coordinator 是 {coordinator}；要是 HOST:PORT，例如 127.0.0.1:9876，或 auto")
 
 
@@ -35,26 +38,37 @@ def connect(config) -> None:
         if config.coordinator == "auto":
             jax.distributed.initialize()
         else:
-            if config.process_id == 0:
-                check_port(config.coordinator)
+            check_address(config)
+            if config.num_processes > 1:
+                print(f"等 {config.num_processes} 個行程連上 {config.coordinator}", file=sys.stderr, flush=True)
             jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     except ValueError as error:
         wrong = "--coordinator auto 在這裡找不到 TPU 或 Slurm" if config.coordinator == "auto" else str(error)
         raise LessonError(f"{wrong}；要寫第 0 個行程的 HOST:PORT", 2) from error
     except RuntimeError as error:
         wrong = f"--coordinator {config.coordinator} 連不上 ({str(error).splitlines()[0]})"
+        if "start RPC server" in str(error):  # auto 自己選的埠
+            raise LessonError(f"{wrong}；那個埠有人佔著，用環境變數 JAX_COORDINATOR_PORT 換一個", 1) from error
         raise LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
     take_signals()  # initialize 把 SIGTERM 換成它自己的，收到了也不結束
 
 
-def check_port(coordinator: str) -> None:
-    """第 0 個行程要在這個埠上等別人。埠被佔著時 jaxlib 會直接當掉 (segmentation fault)，所以先自己開一次。"""
-    with socket.socket() as probe:
+def check_address(config) -> None:
+    """主機的名字要查得到。第 0 個行程要在那個埠上等別人；埠被佔著時 jaxlib 會直接當掉 (segmentation fault)。"""
+    host, _, port = config.coordinator.rpartition(":")
+    try:
+        family, kind, *_ = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:  # UnicodeError：名字太長
+        right = "要是第 0 個行程的 HOST:PORT"
+        raise LessonError(f"--coordinator {config.coordinator} 查不到 ({error})；{right}", 2) from error
+    if config.process_id > 0:
+        return
+    with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # 剛結束的行程留下的，不算佔著
         try:
-            probe.bind(("", int(coordinator.rpartition(":")[2])))
+            probe.bind(("", int(port)))
         except OSError as error:
-            wrong = f"--coordinator {coordinator} 的埠開不了 ({error.strerror})"
+            wrong = f"--coordinator {config.coordinator} 的埠開不了 ({error.strerror})"
             raise LessonError(f"{wrong}；換一個埠，或結束佔著它的行程", 2) from error
 
 

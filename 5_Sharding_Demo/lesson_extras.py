@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 import threading
@@ -56,18 +57,22 @@ def compare(run: Run, config, variants: dict, measure: Callable, table: Callable
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """平均的 95 % 信賴區間，拔靴法 (bootstrap)；亂數固定，同樣的數字給同樣的區間。"""
+    """平均的 95 % 信賴區間，拔靴法 (bootstrap)；亂數固定，同樣的數字給同樣的區間。不到三個值，沒有區間 (nan)。"""
     from scipy.stats import bootstrap
 
     values = np.array(values, float)
+    if len(values) < 3:
+        return np.nan, np.nan
     if np.ptp(values) <= 1e-12 * np.abs(values).max():  # 每個都一樣 (差在最後一個位元也算)，沒有東西可以重抽
         return values[0], values[0]
     return tuple(bootstrap((values,), np.mean, rng=0).confidence_interval)
 
 
 def show_mean(values: Iterable[float], pattern: str = "{:.1f}") -> str:
-    """平均 [區間的下限, 上限]，例如 −148.0 [−149.1, −147.0]。"""
+    """平均 [區間的下限, 上限]，例如 −148.0 [−149.1, −147.0]；中斷得早，種子太少時是 −148.0 [—]。"""
     low, high = interval(values)
+    if np.isnan(low):
+        return f"{pattern.format(np.mean(values))} [—]"
     return f"{pattern.format(np.mean(values))} [{pattern.format(low)}, {pattern.format(high)}]"
 
 
@@ -77,6 +82,8 @@ def show_difference(values, reference, pattern: str = "{:+.1f}", higher_is_bette
     low, high = interval(difference)
     better = (low > 0) if higher_is_better else (high < 0)
     verdict = "看不出差別" if low <= 0 <= high else "較好" if better else "較差"
+    if np.isnan(low):
+        verdict = "種子太少"
     return f"{show_mean(difference, pattern)}，{verdict}"
 
 
@@ -94,6 +101,12 @@ def figure(path: Path, *grid: int, figsize: tuple[float, float], layout: str = "
         yield canvas, canvas.subplots(*grid, **options)
         canvas.savefig(buffer, format="png")
         save(path, buffer.getvalue())
+
+
+def draw_whole(rows: dict) -> dict:
+    """中斷時，前面幾列多跑了一個種子；圖只畫每一列都有的種子，才能互相比。"""
+    seeds = min(max(map(len, row.values())) for row in rows.values())
+    return {name: {column: values[:seeds] for column, values in row.items()} for name, row in rows.items()}
 
 
 def draw_mean(axes, x: Iterable[float], curves: list, **style) -> None:
@@ -120,7 +133,9 @@ def save_gif(path: Path, frames: list[np.ndarray]) -> None:
 
 
 def has_display() -> bool:
-    """有沒有開得了視窗的螢幕；問 SDL，因為環境變數 DISPLAY 指的螢幕可能已經不在了。"""
+    """有沒有開得了視窗的螢幕；最後問 SDL，因為環境變數 DISPLAY 指的螢幕可能已經不在了。"""
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        return False
     import pygame
 
     with contextlib.suppress(pygame.error):
@@ -136,6 +151,7 @@ def watch(play: Callable, agent, config) -> None:
     check_settings(config.watch, config)
     load_weights(config.watch, agent, "--watch")
     with end_at_once():
+        Run.current.require_learnt(False)  # 建立智慧體的時候就按了 Ctrl-C
         if has_display():
             play(agent, "human")
             return
@@ -147,8 +163,9 @@ def watch(play: Callable, agent, config) -> None:
 def check_settings(path: Path, config) -> None:
     """權重看不出觀測正規化了沒有；旁邊有訓練時的 metrics.json，就核對。"""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # 沒有，或不是我們寫的
-        trained = json.loads((path.parent / "metrics.json").read_bytes())["config"]["normalize_observations"]
-        if trained != config.normalize_observations:
+        settings = json.loads((path.parent / "metrics.json").read_bytes())["config"]
+        trained = settings["normalize_observations"]
+        if trained != config.normalize_observations and not settings["compare"]:  # --compare 不存權重
             flag = f"--{'' if trained else 'no-'}normalize-observations"
             raise LessonError(f"--watch {path} 是用 {flag} 訓練的；看的時候要用同樣的旗標", 2)
 

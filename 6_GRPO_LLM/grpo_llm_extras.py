@@ -54,6 +54,8 @@ def check_experiments(config) -> None:
         raise ValueError(f"--compare 配上 --measure {config.measure}；一次只能做一樣")
     if config.measure != "none":
         measurements.variants(config)
+    if config.compare and config.coordinator:
+        raise ValueError("--compare 配上 --coordinator；--compare 在一個行程裡跑，不要寫 --coordinator")
     if config.compare:
         variants(config)
 
@@ -321,6 +323,7 @@ def comparison_table(rows: dict) -> str:
 
 def draw_comparison(rows: dict, out_dir: Path) -> None:
     """comparison.png：學習曲線、pass@k、β 換來什麼、鑽漏洞、沒有訊號的題目、與 default 的差；沒跑的就不畫。"""
+    rows = lesson_extras.draw_whole(rows)
     with figure(out_dir / "comparison.png", 2, 3, figsize=(15, 8.4)) as (canvas, panels):
         (curve, passes, forget), (hack, silent, gap) = panels
         canvas.suptitle(f"mean and 95 % interval, {len(rows[DEFAULT]['sampled'])} seeds", fontsize=11)

@@ -51,10 +51,10 @@ lesson_extras = load(LESSONS[0]).extras.lesson_extras
 SEEDS, show_mean, show_difference = lesson_extras.SEEDS, lesson_extras.show_mean, lesson_extras.show_difference
 
 
-# *_extras.py 裡只排表格、畫圖、看它玩的函式：紀錄裡的數字不經過它們，改了只要重畫，不必重跑。
+# *_extras.py 裡只排表格、畫圖、看它玩、拒絕錯的旗標的函式：紀錄裡的數字不經過它們，改了只要重畫，不必重跑。
 ONLY_SHOWS = re.compile(
     r"draw.*|show_.*|.*_table|interval|figure|save_gif|describe"
-    r"|play|watch|check_settings|end_at_once|has_display|load_weights"
+    r"|check|check_.*|refuse_.*|play|watch|end_at_once|has_display|load_weights"
 )
 
 

@@ -225,6 +225,8 @@ WRONG = {
         "--coordinator nowhere",
         "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
         "--coordinator auto --num-processes 2",
+        "--coordinator http://127.0.0.1:9876 --num-processes 2",
+        "--coordinator ::1:9876 --num-processes 2",
         "--ledger llama3-8b --coordinator 127.0.0.1:9",
         "--coordinator 127.0.0.1:99999 --num-processes 2",
         "--rules batch=data,batch=model",
@@ -271,6 +273,7 @@ WRONG = {
         "--base no-such-file.npz --pretrain-steps 5",
         "--algorithm supervised --reward last-digit",
         "--compare --measure cost",
+        "--compare --coordinator 127.0.0.1:9876 --num-processes 2",
         "--measure mesh --mesh 2x1",
     ],
 }

@@ -425,6 +425,16 @@ def test_ctrl_c_ends_watching_at_once(monkeypatch, tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_ctrl_c_before_watching_watches_nothing(monkeypatch, tmp_path):
+    """建立智慧體的時候按的：旗標設了，就不再往下看。"""
+    monkeypatch.setattr(lesson.Run, "current", lesson.Run.current)  # 測完放回去
+    lesson.Run("test", str(script(LESSON))).stop.set()
+    with pytest.raises(SystemExit) as stopped:
+        watched(None, tmp_path)
+    assert stopped.value.code == 130
+    assert not (tmp_path / "agent.gif").exists()
+
+
 def test_a_display_that_is_gone_gives_a_gif(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("DISPLAY", ":77")
     monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-77")
@@ -437,12 +447,27 @@ def test_a_display_that_is_gone_gives_a_gif(monkeypatch, tmp_path, capsys):
 
 
 def test_weights_are_watched_with_the_flag_they_were_trained_with(tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps({"config": {"normalize_observations": False}}))
+    settings = {"normalize_observations": False, "compare": False}
+    (tmp_path / "metrics.json").write_text(json.dumps({"config": settings}))
     with pytest.raises(lesson.LessonError, match="--no-normalize-observations 訓練的"):
         watched(None, tmp_path)
-    for content in ("{", "[]", '{"config": null}'):  # 不是我們寫的，就不核對
+    compared = json.dumps({"config": settings | {"compare": True}})  # --compare 不存權重：不是那一次訓練的
+    for content in (compared, "{", "[]", '{"config": null}'):  # 或不是我們寫的，就不核對
         (tmp_path / "metrics.json").write_text(content)
         watched(lambda agent, mode: [np.zeros((4, 4, 3), np.uint8)], tmp_path)
+
+
+def test_too_few_seeds_give_no_interval_and_no_verdict():
+    """--compare 中斷得早：一個種子不是區間寬度為 0，是沒有區間。"""
+    for values in ([93.0], [92.0, 94.0]):
+        assert lesson_extras.show_mean(values) == "93.0 [—]"
+        assert lesson_extras.show_difference(values, [90.0] * len(values)) == "+3.0 [—]，種子太少"
+    assert lesson_extras.show_difference([1.0, 2.0, 3.0], [0.0] * 3).endswith("，較好")
+
+
+def test_figures_use_the_seeds_that_every_row_has():
+    rows = {"a": {"x": [1, 2, 3], "only_here": [7, 8, 9]}, "b": {"x": [4, 5]}}
+    assert lesson_extras.draw_whole(rows) == {"a": {"x": [1, 2], "only_here": [7, 8]}, "b": {"x": [4, 5]}}
 
 
 def test_an_interval_of_values_that_differ_in_the_last_bit(recwarn):

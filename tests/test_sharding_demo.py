@@ -668,6 +668,22 @@ def test_a_port_that_is_taken_is_refused_in_one_sentence(lesson, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [socket.gaierror(-2, "Name or service not known"), UnicodeError("label too long")])
+def test_a_coordinator_that_is_not_found_is_refused_in_one_sentence(error, monkeypatch):
+    """測試不碰網路，所以查名字的那一步用假的。"""
+
+    def getaddrinfo(*_, **__):
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(demo.lesson.LessonError) as refused:
+        sys.modules["hosts"].check_address(demo.Config(coordinator="no.such.host:9876", num_processes=2, process_id=1))
+    message, status = refused.value.args
+    assert status == 2
+    assert message.startswith("--coordinator no.such.host:9876 查不到 (")
+    assert "\n" not in message
+
+
 def test_a_run_without_collectives_draws_without_warnings(tmp_path, recwarn):
     config = small_config(strategies=("single",), steps=1, out_dir=tmp_path)
     results = demo.train(config, progress=False)
