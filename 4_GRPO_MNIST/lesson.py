@@ -29,8 +29,7 @@ class Run:
             sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
             sys.stdout.reconfigure(errors="replace")  # 印不出中文的終端機看到問號
             os.environ["MPLBACKEND"] = "agg"  # 從筆記本用 ! 執行時，這裡指著筆記本才有的後端
-            folder = os.path.dirname(os.path.realpath(script))  # 編譯過的程式留到下一次；讀者自己的設定優先
-            if os.access(folder, os.W_OK):
+            if os.access(folder := os.path.dirname(os.path.realpath(script)), os.W_OK):  # 編譯過的留到下一次
                 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(folder, ".jax_cache"))
                 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # 就重新編譯
@@ -45,6 +44,7 @@ class Run:
 
     def __call__(self, main) -> None:
         """執行 main；跑不下去印一行，不印 traceback；最後把 Ctrl-C 還回去。"""
+        Run.current = self  # 正在執行的那一個
         try:
             self.require_learnt(False)  # 匯入套件的時候就按了 Ctrl-C
             main()

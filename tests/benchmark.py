@@ -8,7 +8,8 @@ python tests/benchmark.py --all --write                每一課的結果，與�
 python tests/benchmark.py --all --compare --trials --write    每一課的比較與試驗
 
 開始前先印出大概要多久。做完一項存一項；中斷之後再打同一個指令，同樣的程式與預設值下已經有紀錄的不會重跑
-(要重跑就刪掉 figures/ 裡的 .json)；只改了畫圖或表格的函式，就由紀錄重畫。--compare 做完一次訓練存一次，存在 figures/comparison.partial.json，全部做完就刪掉。
+(要重跑就刪掉 figures/ 裡的 .json)；只改了畫圖或表格的函式，就由紀錄重畫。
+--compare 做完一次訓練存一次，存在 figures/comparison.partial.json，全部做完就刪掉。
 """
 
 import argparse

@@ -569,8 +569,7 @@ def test_compare_leaves_figures_a_table_and_numbers(call, tmp_path, capsys):
     table = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert table == extras.comparison_table(rows)
     assert table in capsys.readouterr().out
-    low, high = 92, 92 + len(rows)
-    assert f"| `default` | 90.00 [90.00, 90.00] | {(low + high) / 2:.2f} [{low:.2f}, {high:.2f}] |" in table
+    assert f"| `default` | 90.00 [—] | {92 + len(rows) / 2:.2f} [—] | 92.00 | — |" in table  # 兩個種子，沒有區間
     assert (tmp_path / "out" / "std_weights.png").stat().st_size > 0
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
 

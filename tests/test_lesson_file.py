@@ -406,11 +406,17 @@ def test_damaged_weights_are_refused_in_one_sentence(tmp_path):
 # 看它玩
 
 
-def watched(play, tmp_path, module=None, **changes):
-    module = module or nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+def watched(play, tmp_path, stopped: bool = False):
+    module, before = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), lesson.Run.current
     lesson_extras.save_weights(tmp_path / "weights.npz", module)
-    config = load(JAX_LESSON).Config(watch=tmp_path / "weights.npz", out_dir=tmp_path, **changes)
-    lesson_extras.watch(play, module, config)
+    config = load(JAX_LESSON).Config(watch=tmp_path / "weights.npz", out_dir=tmp_path)
+    running = lesson.Run("test", str(script(LESSON)))  # 成為 Run.current
+    if stopped:
+        running.stop.set()
+    try:
+        lesson_extras.watch(play, module, config)
+    finally:
+        lesson.Run.current = before
 
 
 def test_ctrl_c_ends_watching_at_once(monkeypatch, tmp_path):
@@ -425,12 +431,10 @@ def test_ctrl_c_ends_watching_at_once(monkeypatch, tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_ctrl_c_before_watching_watches_nothing(monkeypatch, tmp_path):
+def test_ctrl_c_before_watching_watches_nothing(tmp_path):
     """建立智慧體的時候按的：旗標設了，就不再往下看。"""
-    monkeypatch.setattr(lesson.Run, "current", lesson.Run.current)  # 測完放回去
-    lesson.Run("test", str(script(LESSON))).stop.set()
     with pytest.raises(SystemExit) as stopped:
-        watched(None, tmp_path)
+        watched(None, tmp_path, stopped=True)
     assert stopped.value.code == 130
     assert not (tmp_path / "agent.gif").exists()
 
