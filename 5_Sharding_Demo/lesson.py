@@ -2,6 +2,7 @@
 
 import atexit  # 匯入得越少，Ctrl-C 越早有人接：其餘的套件用到才匯入
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ class Run:
         if name == "__main__" and threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         if name == "__main__" and not NOTEBOOK:
+            gc.set_threshold(100_000)  # 匯入與追蹤程式 (tracing) 造出的幾十萬個物件都不是垃圾，不必一再檢查
             sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
             sys.stdout.reconfigure(errors="replace")  # 印不出中文的終端機看到問號
             os.environ["MPLBACKEND"] = "agg"  # 從筆記本用 ! 執行時，這裡指著筆記本才有的後端
@@ -45,6 +47,7 @@ class Run:
     def __call__(self, main) -> None:
         """執行 main；跑不下去印一行，不印 traceback；最後把 Ctrl-C 還回去。"""
         Run.current = self  # 正在執行的那一個
+        NOTEBOOK or gc.freeze()  # 匯入的東西以後都不檢查：整個行程快一成；筆記本要一直活著，所以不做
         try:
             self.require_learnt(False)  # 匯入套件的時候就按了 Ctrl-C
             main()
@@ -73,16 +76,14 @@ class Run:
         device = {"platform": jax.default_backend() if jax else "cpu", "count": jax.device_count() if jax else 1}
         metrics = {"lesson": type(config).out_dir.parent.name, "seed": config.seed, "config": vars(config)}
         metrics |= {"seconds": seconds, "device": device, "versions": versions} | results
-        try:
+        with contextlib.suppress(ValueError):  # 最後一次更新才發散，損失還來不及變成 NaN
             text = json.dumps(metrics, ensure_ascii=False, indent=2, default=str, allow_nan=False)
-        except ValueError as error:  # 最後一次更新才發散，損失還來不及變成 NaN
-            raise LessonError("結果不是有限的數；把學習率調小再試", 1) from error
-        save(config.out_dir / "metrics.json", text.encode(errors="backslashreplace"))
+            return save(config.out_dir / "metrics.json", text.encode(errors="backslashreplace"))
+        raise LessonError("結果不是有限的數；把學習率調小再試", 1)
 
     def finish(self, config, undone: str = "") -> None:
         """最後一行：結果在哪裡。還有事沒做完才給 undone (做到哪裡)，結束狀態是 130。"""
-        last = f"已中斷：{undone}，目前的結果存在 {config.out_dir}" if undone else f"結果存在 {config.out_dir}"
-        print(last, flush=True)  # 沒有人看了，現在就知道
+        print(f"已中斷：{undone}，目前的" if undone else "", f"結果存在 {config.out_dir}", sep="", flush=True)
         if undone:
             sys.exit(130)
 
@@ -111,11 +112,10 @@ def parse(config_class, description: str):
 
 def find_devices() -> list:
     """JAX 用得到的裝置；JAX_PLATFORMS 指定的這裡沒有，就說怎麼改。"""
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError):
         return sys.modules["jax"].devices()
-    except (RuntimeError, AssertionError) as error:
-        wrong = f"JAX 在這台機器上用不了 JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        raise LessonError(f"{wrong}；設 JAX_PLATFORMS=cpu，或照 README.md 的「安裝」換 JAX 的版本", 2) from error
+    wrong = f"JAX 在這台機器上用不了 JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', 'cpu')}"
+    raise LessonError(f"{wrong}；設 JAX_PLATFORMS=cpu，或照 README.md 的「安裝」換 JAX 的版本", 2)
 
 
 def save(path, data: bytes) -> None:

@@ -1,6 +1,5 @@
 """第 5 課的裝置：有幾個、從哪裡來；幾件編譯怎麼同時做。"""
 
-import gc
 import os
 import threading
 from collections.abc import Callable
@@ -79,12 +78,8 @@ def side_by_side(jobs: list[Callable], stop: threading.Event | None = None, prog
         return None if stop and stop.is_set() else job()
 
     results = []
-    gc.freeze()  # 匯入的幾十萬個物件不會變成垃圾；追蹤程式的時候不必一再檢查它們
-    try:
-        with ThreadPoolExecutor(workers) as pool, progress_bar("編譯", len(jobs), "個程式", progress) as bar:
-            for future in [pool.submit(work, job) for job in jobs]:
-                results.append(future.result())
-                bar.update()
-    finally:
-        gc.unfreeze()
+    with ThreadPoolExecutor(workers) as pool, progress_bar("編譯", len(jobs), "個程式", progress) as bar:
+        for future in [pool.submit(work, job) for job in jobs]:
+            results.append(future.result())
+            bar.update()
     return results
