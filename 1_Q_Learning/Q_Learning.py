@@ -224,10 +224,10 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
             done = len(returns)
             if done in SPREAD_EPISODES:
                 spread[done] = np.max(q_table, axis=1)
-            if done % every == 0:
+            if done % every == 0 or done == config.episodes:
                 curve.append((done, float(np.mean(returns[-every:])), max_abs_error(q_table, q_star)))
                 bar.set_postfix_str(f"平均回報 {curve[-1][1]:.0f}，與 Q* 的最大差距 {curve[-1][2]:.0e}")
-                bar.update(every)
+                bar.update(done - bar.n)
     seconds, interrupted = time.perf_counter() - start, len(returns) < config.episodes
     return Result(np.array(q_table), q_star, len(returns), env_steps, curve, spread, seconds, interrupted)
 

@@ -113,11 +113,12 @@ def draw_learning_curve(result, config, optimal_return: float, target_error: flo
         canvas.subplots_adjust(left=0.13, right=0.97, bottom=0.08, top=0.94, hspace=0.12)
         if result.curve:
             episodes, returns, errors = np.array(result.curve).T
-            top.plot(episodes, returns, label="training episodes (ε-greedy), block mean")
-            bottom.semilogy(episodes, np.maximum(errors, 1e-16), color="C3")
+            marker = "o" if len(episodes) == 1 else ""  # 一個點連不成線
+            top.plot(episodes, returns, marker=marker, label="training episodes (ε-greedy), block mean")
+            bottom.semilogy(episodes, np.maximum(errors, 1e-16), marker=marker, color="C3")
         top.axhline(optimal_return, color="C2", linestyle="--", label=f"best possible: {optimal_return:.0f}")
         top.set(ylabel="return", title=f"Q-learning on a {config.grid_size}×{config.grid_size} grid")
-        top.legend(loc="lower right")
+        top.legend()
         played = np.linspace(0, result.episodes, 401)
         middle.plot(played, [epsilon_at(episode, config) for episode in played], color="C1")
         middle.set(ylabel="ε", ylim=(-0.05, 1.05))

@@ -148,7 +148,9 @@ def draw_learning_curve(history, config, returns: np.ndarray, target_return: flo
     with figure(config.out_dir / "learning_curve.png", figsize=(7, 4), layout="none") as (canvas, axes):
         canvas.subplots_adjust(left=0.1, right=0.98, bottom=0.12, top=0.92)
         if history.curve:
-            axes.plot(*zip(*history.curve, strict=True), label=f"training, mean of last {recent_episodes} episodes")
+            marker = "o" if len(history.curve) == 1 else ""  # 一個點連不成線
+            label = f"training, mean of last {recent_episodes} episodes"
+            axes.plot(*zip(*history.curve, strict=True), marker=marker, label=label)
         if history.checks:
             label = f"greedy check, {len(returns)} episodes"
             axes.plot(*zip(*history.checks, strict=True), "o", color="C1", label=label)

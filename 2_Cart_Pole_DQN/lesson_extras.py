@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lesson import LessonError, Run, save
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # 家目錄寫不進去時，它的暫存資料夾不關讀者的事
 
 SEEDS = range(1000, 1010)  # 表格與圖用的隨機種子；調整設定只看 0 到 9
 COLORS = [matplotlib.color_sequences["okabe_ito"][i] for i in (5, 6, 3, 7, 1, 2, 0)]  # 不用黃色：白底上看不清
@@ -37,22 +40,32 @@ def compare(run: Run, config, variants: dict, measure: Callable, table: Callable
     """--compare：每個隨機種子、每種設定各跑一次 measure(config) → {欄: 值}，存檔、印出表格、畫圖。
 
     rows 是 {設定: {欄: [一個種子一個值]}}：table(rows) 是 Markdown 表格，draw(rows, out_dir) 畫圖，
-    每一種設定至少跑完一個種子才畫。
+    每一種設定至少跑完一個種子才畫。有一次訓練發散了，就說是哪一次；以前完成的照樣存下來。
     """
-    rows, done, jobs = {}, 0, [(seed, name) for seed in SEEDS for name in variants]
+    rows, done, failure, jobs = {}, 0, None, [(seed, name) for seed in SEEDS for name in variants]
     for seed, name in tqdm(jobs, "比較", unit="次訓練", disable=None):
-        measured = measure(replace(variants[name], seed=seed))
+        try:
+            measured = measure(replace(variants[name], seed=seed))
+        except LessonError as error:
+            failure = LessonError(f"{name}、隨機種子 {seed}：{error.args[0]}", error.args[1])
+            break
         if run.stop.is_set():  # 練到一半的不算
             break
         for column, value in measured.items():
             rows.setdefault(name, {}).setdefault(column, []).append(value)
         done += 1
+    if failure and not done:
+        raise failure
     run.require_learnt(done)
     run.save_metrics(config, time.perf_counter() - run.started, comparison=rows)
     save(config.out_dir / "comparison.md", table(rows).encode())
     if len(rows) == len(variants):
         draw(rows, config.out_dir)
+    else:
+        print("沒有畫圖：不是每一種設定都跑完了一個隨機種子；資料夾裡若有 comparison.png，是以前的")
     print(table(rows))
+    if failure:
+        raise failure
     run.finish(config, f"完成 {done} 次訓練" if done < len(jobs) else "")
 
 

@@ -75,7 +75,7 @@ class Config:
     max_grad_norm: Annotated[float, (1e-6, 1e9)] = 0.5  # 梯度範數的上限；1e9 等於不做梯度裁剪
     gamma: Annotated[float, (0, 1)] = 0.99  # 折扣因子 γ
     gae_lambda: Annotated[float, (0, 1)] = 0.95  # GAE 的 λ：0 全靠評論家，1 全靠實際回報
-    clip_epsilon: Annotated[float, (0, 1)] = 0.2  # PPO-Clip 的 ε：比例的界線是 1 - ε 與 1 + ε
+    clip_epsilon: Annotated[float, (1e-6, 1)] = 0.2  # PPO-Clip 的 ε：比例的界線是 1 - ε 與 1 + ε
     beta: Annotated[float, (0, 1e6)] = 1.0  # PPO-KL 的 β：KL 散度懲罰的權重
     normalize_advantages: bool = True  # 在每個小批次裡把優勢標準化 (減了基線的演算法)
     normalize_observations: bool = True  # 把觀測縮放到 [-1, 1]
@@ -350,7 +350,7 @@ def train(config: Config, stop=None, progress: bool = True) -> Result:
                 raise lesson.LessonError(f"第 {env_steps} 步的損失不是有限的數；把學習率調小再試", 1)
             outside_shares.append(float(outside))
             data_bytes = extras.array_bytes(batch)
-            if len(envs.last_returns):
+            if len(envs.last_returns) and envs.steps < config.num_steps:  # 這次收集裡走完了回合
                 curve.append((env_steps, float(envs.last_returns.mean())))
                 bar.set_postfix_str(f"平均回報 {curve[-1][1]:.0f}")
             bar.update(size)

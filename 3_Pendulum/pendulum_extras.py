@@ -157,11 +157,12 @@ def draw_learning_curve(result, config, eval_mean: float, target_return: float) 
     with figure(config.out_dir / "learning_curve.png", figsize=(7, 4), layout="none") as (canvas, axes):
         canvas.subplots_adjust(left=0.12, right=0.97, bottom=0.13, top=0.92)
         if result.curve:
-            axes.plot(*zip(*result.curve, strict=True), label="training episodes (sampled actions)")
+            marker = "o" if len(result.curve) == 1 else ""  # 一個點連不成線
+            axes.plot(*zip(*result.curve, strict=True), marker=marker, label="training episodes (sampled actions)")
         axes.axhline(eval_mean, color="C2", linestyle="--", label=f"evaluation, mean action: {eval_mean:.1f}")
         axes.axhline(target_return, color="0.4", linestyle=":", label=f"target: {target_return:.0f}")
         axes.set(xlabel="environment steps", ylabel="mean return", title=f"{config.algorithm} on Pendulum-v1")
-        axes.legend(loc="lower right")
+        axes.legend()
 
 
 def draw_clipped_objective(config, clipped_objective) -> None:

@@ -50,7 +50,8 @@ def summarize(log: dict[str, np.ndarray], test_accuracy: float, missing_digits: 
 
 def remarks(last: Epoch, config) -> list[str]:
     """最後一輪有什麼不對勁：準確率看不出來的。"""
-    missing = f"測試集上有 {last.missing_digits} 個數字一次都不猜；為什麼，見 README 的「少了一個數字」"
+    why = "為什麼，見 README 的「少了一個數字」" if last.missing_digits < 3 else "把學習率調小再試"
+    missing = f"測試集上有 {last.missing_digits} 個數字一次都不猜；{why}"
     silent = "最後一輪每個答案的優勢都是 0，沒有學到東西；把學習率調小再試"
     nothing_learnt = last.silent_shares == 1 and config.algorithm != "supervised"  # supervised 不用優勢
     return [missing] * (last.missing_digits > 0) + [silent] * nothing_learnt

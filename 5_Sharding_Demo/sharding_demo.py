@@ -387,7 +387,8 @@ def main() -> None:
     difference = metrics["max_relative_difference"]
     reached = "達標" if difference <= TARGET_DIFFERENCE else "未達標"
     figure = f"{len(results)} 種策略的損失與 single 的最大相對差 {difference:.1e}"
-    print(f"{reached}：{figure}（目標 {TARGET_DIFFERENCE:.0e} 以下）")
+    compared = f"{reached}：{figure}（目標 {TARGET_DIFFERENCE:.0e} 以下）"
+    print(compared if len(results) > 1 else "只跑了 single，沒有可以比的")
     steps = sum(len(result.losses) for result in results.values())
     undone = steps < config.steps * len(rule_books(config))
     RUN.finish(config, f"訓練了 {steps} 步" if undone else "")

@@ -170,7 +170,8 @@ def draw_learning_curve(rows: dict[str, dict], out_dir: Path, target: float) -> 
         canvas.subplots_adjust(left=0.14, right=0.97, bottom=0.08, top=0.94, hspace=0.08)
         for i, (name, row) in enumerate(rows.items()):
             steps = np.arange(1, len(row["losses"]) + 1)
-            top.plot(steps, row["losses"], color=f"C{i}", lw=9 - 1.5 * i, alpha=0.8, label=name)
+            marker = "o" if len(steps) == 1 else ""  # 一個點連不成線
+            top.plot(steps, row["losses"], marker=marker, color=f"C{i}", lw=9 - 1.5 * i, alpha=0.8, label=name)
             if name != "single":
                 gap = np.maximum(difference(row["losses"], rows["single"]["losses"]), 1e-9)  # 0 畫不進對數座標
                 bottom.plot(steps[: len(gap)], gap, ".-", color=f"C{i}")

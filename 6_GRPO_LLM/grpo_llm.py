@@ -70,7 +70,7 @@ class Config:
     anneal_learning_rate: bool = False  # 學習率照餘弦降到 0
     critic_learning_rate: Annotated[float, (1e-8, 1)] = 1e-3  # ppo 的評論家用的學習率
     gae_lambda: Annotated[float, (0, 1)] = 1.0  # ppo 的 GAE 的 λ；γ 固定是 1
-    clip_epsilon: Annotated[float, (0, 1)] = 0.2  # 比例裁剪的 ε：界線是 1 - ε 與 1 + ε
+    clip_epsilon: Annotated[float, (1e-6, 1)] = 0.2  # 比例裁剪的 ε：界線是 1 - ε 與 1 + ε
     beta: Annotated[float, (0, 1e6)] = 0.0  # KL 散度懲罰的權重 β；參考模型是凍結的基礎模型
     loss_average: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # 詞元的平均：先在答案裡；全部一起；除以固定長度
     reward: Literal["exact", "last-digit"] = "exact"  # 獎勵的規則：整個和都對，或只看個位數 (有漏洞)
@@ -383,13 +383,12 @@ def main() -> None:
     if config.compare:
         return extras.compare(RUN, config, train, evaluate)
     result = train(config, RUN.stop)
-    RUN.require_learnt(result.pretrain_losses or result.updates)
-    base = evaluate(result.base, config)
-    trained = evaluate(result.agent.actor, config) if result.updates else base  # 預訓練時就被中斷
+    RUN.require_learnt(result.updates)
+    base, trained = evaluate(result.base, config), evaluate(result.agent.actor, config)
     if not extras.save(RUN, config, result, base, trained):  # 檔案與畫面交給第 0 個行程
         return
     extras.draw(result, config, base, trained)
-    print(extras.describe(base, trained))
+    print(extras.describe(base, trained, result.curve))
     reached = trained["greedy"] >= GREEDY_TARGET and trained["sampled"] >= SAMPLED_TARGET
     figures = f"測試題貪婪 {trained['greedy']:.1f} %、採樣 {trained['sampled']:.1f} %"
     print(f"{'達標' if reached else '未達標'}：{figures}（目標 {GREEDY_TARGET} %、{SAMPLED_TARGET} %）")

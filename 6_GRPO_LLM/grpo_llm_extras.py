@@ -46,6 +46,9 @@ def refuse_changed(config, because: str, names: tuple[str, ...]) -> None:
 
 def check_experiments(config) -> None:
     """--measure 與 --compare 自己決定的旗標，不能另外給；它們要跑的設定也先檢查一遍。"""
+    if 0 < config.step_by_step_share < 1 and 0 in config.text_rows(config.pretrain_batch_size):
+        wrong = f"--step-by-step-share 是 {config.step_by_step_share}，一步 {config.pretrain_batch_size} 段文字湊不出來"
+        raise ValueError(f"{wrong}；逐步作答的段數是 8 的倍數，把 --pretrain-batch-size 調大")
     if config.algorithm == "supervised":
         refuse_changed(config, "--algorithm supervised", ("reward", "beta", "loss_average", "clip_epsilon"))
     if config.base:
@@ -168,8 +171,8 @@ def save(run, config, result, base: dict, trained: dict) -> bool:
     return True
 
 
-def describe(base: dict, trained: dict) -> str:
-    """印給人看的結果：同樣的題目，訓練前後各寫了什麼，以及摘要。"""
+def describe(base: dict, trained: dict, curve: dict[str, list[float]]) -> str:
+    """印給人看的結果：同樣的題目，訓練前後各寫了什麼，以及摘要；最後一批全錯，沒有訊號可學，就說出來。"""
     lines = []
     for prompt, before in base["examples"].items():
         lines.append(f"{prompt}")
@@ -184,7 +187,9 @@ def describe(base: dict, trained: dict) -> str:
     for k in (1, 4, 32):
         rows.append([f"pass@{k} (%)", *(f"{x['pass_at_k'][k]:.1f}" for x in (base, trained))])
     rows.append(["預訓練的文字上的損失", *(f"{x['language_model_loss']:.3f}" for x in (base, trained))])
-    return "\n".join(lines) + "\n\n" + markdown_table(("測試題", "基礎模型", "訓練之後"), rows)
+    table = "\n".join(lines) + "\n\n" + markdown_table(("測試題", "基礎模型", "訓練之後"), rows)
+    nothing_learnt = curve["silent"][-1] == 1 and curve["reward"][-1] == 0
+    return table + "\n最後一批的答案全錯，優勢都是 0，沒有學到東西；預訓練久一點，或把學習率調小再試\n" * nothing_learnt
 
 
 # 圖 --------------------------------------------------------------------------------------------------
@@ -236,27 +241,35 @@ TUNED = ("algorithm", "beta", "reward", "loss_average", "dynamic_sampling", "tra
 TUNED += ("group_size", "step_by_step_share", "base")
 
 
+def derive(name: str, config, **changes):
+    """--compare 的一種設定；不能跑就說是哪一種。"""
+    try:
+        return replace(config, **changes)
+    except ValueError as error:
+        raise ValueError(f"--compare 的 {name}：{error}") from error
+
+
 def variants(config) -> dict:
     """--compare 要跑的設定，一次只改一樣。同一個隨機種子的都從同一個基礎模型開始，direct_only 除外。"""
     refuse_changed(config, "--compare", TUNED)
     config = replace(config, compare=False)
-    hacked = replace(config, reward="last-digit")
-    return {
-        DEFAULT: config,
-        "direct_only": replace(config, step_by_step_share=0.0),
-        "beta_0.3": replace(config, beta=0.3),
-        "last_digit": hacked,
-        "last_digit_beta_0.3": replace(hacked, beta=0.3),
-        "ppo": replace(config, algorithm="ppo"),
-        "supervised": replace(config, algorithm="supervised"),
-        "dapo": replace(config, loss_average="dapo"),
-        "dr_grpo": replace(config, loss_average="dr_grpo"),
-        "K_4": replace(config, train_epochs=4),
-        "K_4_no_clip": replace(config, train_epochs=4, clip_epsilon=1.0),
-        "dynamic_sampling": replace(config, dynamic_sampling=True),
-        "beta_0.05": replace(config, beta=0.05),
-        **{f"G_{g}": replace(config, num_prompts=max(1, config.rows // g), group_size=g) for g in (2, 16)},
+    changes = {
+        DEFAULT: {},
+        "direct_only": {"step_by_step_share": 0.0},
+        "beta_0.3": {"beta": 0.3},
+        "last_digit": {"reward": "last-digit"},
+        "last_digit_beta_0.3": {"reward": "last-digit", "beta": 0.3},
+        "ppo": {"algorithm": "ppo"},
+        "supervised": {"algorithm": "supervised"},
+        "dapo": {"loss_average": "dapo"},
+        "dr_grpo": {"loss_average": "dr_grpo"},
+        "K_4": {"train_epochs": 4},
+        "K_4_no_clip": {"train_epochs": 4, "clip_epsilon": 1.0},
+        "dynamic_sampling": {"dynamic_sampling": True},
+        "beta_0.05": {"beta": 0.05},
+        **{f"G_{g}": {"num_prompts": max(1, config.rows // g), "group_size": g} for g in (2, 16)},
     }
+    return {name: derive(name, config, **changed) for name, changed in changes.items()}
 
 
 def compare(run, config, train, evaluate) -> None:

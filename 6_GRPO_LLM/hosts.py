@@ -11,6 +11,8 @@ import jax
 
 from lesson import LessonError
 
+HEARTBEAT_SECONDS = 20  # 別的行程這麼久沒有消息，就當作停了
+
 
 def check_processes(config) -> None:
     """幾台主機的旗標要彼此相合；不合就丟出 ValueError。"""
@@ -31,17 +33,20 @@ def check_processes(config) -> None:
 
 
 def connect(config) -> None:
-    """和其他行程連上。之後 Ctrl-C 立刻結束：只停下一個行程，其他的會永遠等它。"""
+    """和其他行程連上。之後 Ctrl-C 立刻結束：只停下一個行程，其他的等不到它，也只能結束。"""
     end_at_once()
+    sys.excepthook = explain_lost_host
     jax.config.update("jax_enable_compilation_cache", False)  # 只有第 0 個行程寫快取；有的讀、有的編譯，會互相等
     try:
         if config.coordinator == "auto":
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         else:
             check_address(config)
             if config.num_processes > 1:
                 print(f"等 {config.num_processes} 個行程連上 {config.coordinator}", file=sys.stderr, flush=True)
-            jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+            jax.distributed.initialize(
+                config.coordinator, config.num_processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            )
     except ValueError as error:
         wrong = "--coordinator auto 在這裡找不到 TPU 或 Slurm" if config.coordinator == "auto" else str(error)
         raise LessonError(f"{wrong}；要寫第 0 個行程的 HOST:PORT", 2) from error
@@ -51,6 +56,15 @@ def connect(config) -> None:
             raise LessonError(f"{wrong}；那個埠有人佔著，用環境變數 JAX_COORDINATOR_PORT 換一個", 1) from error
         raise LessonError(f"{wrong}；要是第 0 個行程的 HOST:PORT，每個行程都要啟動", 1) from error
     take_signals()  # initialize 把 SIGTERM 換成它自己的，收到了也不結束
+
+
+def explain_lost_host(kind, error, traceback) -> None:
+    """別的行程停了，通訊就失敗：說一句話就結束，不等 JAX 收攤 (它會一直等那個行程)。"""
+    if not issubclass(kind, jax.errors.JaxRuntimeError):
+        return sys.__excepthook__(kind, error, traceback)
+    wrong = f"和別的行程斷了線，或裝置出了錯 ({str(error).splitlines()[0]})"
+    print(f"錯誤：{wrong}；每個行程都重新啟動", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def check_address(config) -> None:

@@ -39,7 +39,8 @@ LONG = {
     "3_Pendulum": "--total-steps 1000000 --num-envs 4 --train-epochs 2",
     "4_GRPO_MNIST": "--num-epochs 1000 --batch-size 8192 --train-epochs 2",
     "5_Sharding_Demo": "--strategies data_model --steps 1000000 --num-layers 1 --sequence-length 32",
-    "6_GRPO_LLM": "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --pretrain-steps 1000000",
+    "6_GRPO_LLM": "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --pretrain-steps 2 "
+    "--pretrain-batch-size 16 --num-prompts 8 --group-size 2 --updates 1000000",
 }
 EVERY_FLAG = {
     "1_Q_Learning": [
@@ -77,7 +78,7 @@ EVERY_FLAG = {
         "--step-by-step-share 1 --pretrain-learning-rate 1e-3 --num-prompts 4 --group-size 4 --updates 2 "
         "--train-epochs 2 --learning-rate 1e-3 --anneal-learning-rate --clip-epsilon 0.1 --beta 0.1 "
         "--loss-average dr_grpo --reward last-digit --dynamic-sampling --mesh 2x1 --rules batch=data,mlp=model",
-        "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --pretrain-steps 2 --pretrain-batch-size 8 "
+        "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --pretrain-steps 2 --pretrain-batch-size 16 "
         "--num-prompts 8 --group-size 1 --updates 1 --algorithm ppo --critic-learning-rate 1e-2 --gae-lambda 0.9",
         "--measure ledger",
     ],
@@ -247,6 +248,8 @@ WRONG = {
         "--num-prompts 7",
         "--step-by-step-share 1.5",
         "--pretrain-batch-size 31",
+        "--pretrain-batch-size 8",
+        "--step-by-step-share 0.05",
         "--learning-rate nan",
         "--clip-epsilon 1.5",
         "--beta -1",

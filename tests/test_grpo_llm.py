@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
-from lessons import environment, load, metrics, run, script, short_environment
+from lessons import SHORT, environment, load, metrics, run, script, short_environment
 
 llm = load("6_GRPO_LLM")
 task, critic, axis_rules, extras = llm.task, llm.critic, llm.axis_rules, llm.extras
@@ -492,6 +492,29 @@ def test_the_comparison_shows_what_was_recorded(tmp_path):
     assert worse.startswith("| `last_digit` | 71.0 [70.0, 72.0] | 70.0 |")
     extras.draw_comparison(recorded, tmp_path)
     assert (tmp_path / "comparison.png").stat().st_size > 0
+
+
+def test_an_interrupt_while_pretraining_writes_nothing(tmp_path, monkeypatch, call):
+    """還沒有開始學：以前的 base.npz 與 weights.npz 都還在。"""
+    train = llm.train
+
+    def interrupted(config, stop):
+        stop.set()
+        return train(config, stop, progress=False)
+
+    monkeypatch.setattr(llm, "train", interrupted)
+    monkeypatch.setattr(llm.RUN, "stop", type(llm.RUN.stop)())
+    status, out, _ = call("6_GRPO_LLM", f"{SHORT['6_GRPO_LLM']} --out-dir {tmp_path / 'out'}")
+    assert (status, out) == (130, "已中斷：還沒有學到東西，沒有寫任何檔案\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_which_every_answer_is_wrong_says_so(tmp_path, call):
+    flags = SHORT["6_GRPO_LLM"]
+    status, out, _ = call("6_GRPO_LLM", f"{flags} --out-dir {tmp_path / 'out'}")
+    assert status == 0
+    assert ("最後一批的答案全錯" in out) == (metrics(tmp_path / "out")["curve"]["reward"][-1] == 0)
+    assert metrics(tmp_path / "out")["curve"]["reward"][-1] == 0  # 預訓練兩步的模型什麼都不會
 
 
 def test_default_run_reaches_the_target(tmp_path):

@@ -268,6 +268,26 @@ def test_an_interrupt_before_anything_is_learnt_writes_nothing(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_diverging_run_of_a_comparison_is_named_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
+    config = load(LESSON).Config(compare=True, out_dir=tmp_path / "out")
+    variants = {"small": config, "large": load(LESSON).Config(alpha=1.0)}
+
+    def measure(variant) -> dict:
+        if variant.alpha == 1 and variant.seed >= diverges:
+            raise lesson.LessonError("損失不是有限的數；把學習率調小再試", 1)
+        return {"value": float(variant.seed)}
+
+    for diverges, kept in ((0, {"small": 1}), (1001, {"small": 2, "large": 1})):
+        drawn = []
+        with pytest.raises(lesson.LessonError) as failed:
+            lesson_extras.compare(
+                lesson.Run("test", str(script(LESSON))), config, variants, measure, str, lambda *_, d=drawn: d.append(1)
+            )
+        assert failed.value.args == (f"large、隨機種子 {max(diverges, 1000)}：損失不是有限的數；把學習率調小再試", 1)
+        assert {name: len(row["value"]) for name, row in metrics(tmp_path / "out")["comparison"].items()} == kept
+        assert ("沒有畫圖" in capsys.readouterr().out) == (not drawn) == (len(kept) < 2)
+
+
 def test_ctrl_c_after_the_training_still_leaves_every_file_and_status_0(tmp_path, monkeypatch, capsys):
     module = load(LESSON)
     run_now = lesson.Run("test", module.__file__)

@@ -560,3 +560,10 @@ def test_default_run_reaches_the_target_and_can_be_watched(call, tmp_path, monke
         assert status == 2, err
         assert err.startswith(f"錯誤：{flags.split(' --hidden')[0]} 讀不出這一課的權重")
         assert len(err.splitlines()) == 1
+
+
+def test_the_curve_has_a_point_only_where_an_episode_ended():
+    """一次收集只有半個回合：沒有走完的那幾次不記，不把舊的回報寫在新的步數上。"""
+    config = pendulum.Config(num_steps=100, num_envs=2, total_steps=900, minibatch_size=100, train_epochs=1)
+    curve = pendulum.train(config, progress=False).curve
+    assert [step for step, _ in curve] == [400, 800]

@@ -229,3 +229,9 @@ def test_default_run_reaches_the_target(tmp_path):
     files = {"q_values.png", "value_spread.png", "learning_curve.png", "metrics.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert "     ↓→     ↓→     ↓→      ↓\n" in result.stdout
+
+
+def test_the_last_point_of_the_curve_is_the_last_episode():
+    """599 個回合不是 200 個點的倍數：剩下的也要記，進度列才走得完。"""
+    curve = q_learning.train(q_learning.Config(episodes=599), progress=False).curve
+    assert [point[0] for point in curve[-2:]] == [598, 599]

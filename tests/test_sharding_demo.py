@@ -503,6 +503,27 @@ def test_a_wrong_number_of_devices_names_its_cause(backend, variable, value, tol
     assert "環境變數" not in devices_file.right_devices(8, 6, ledger=False)
 
 
+def test_a_lost_host_is_told_in_one_sentence(tmp_path):
+    program = "import sys, jax, hosts; sys.excepthook = hosts.explain_lost_host; "
+    for error, status, last in (
+        ("jax.errors.JaxRuntimeError('UNKNOWN: Gloo')", 1, "錯誤：和別的行程斷了線，或裝置出了錯 (UNKNOWN: Gloo)；"),
+        ("KeyError(1)", 1, "KeyError: 1"),
+    ):
+        command = [sys.executable, "-c", f"{program}raise {error}"]
+        result = subprocess.run(command, cwd=script("5_Sharding_Demo").parent, capture_output=True, text=True)
+        assert result.returncode == status
+        assert result.stderr.splitlines()[-1].startswith(last)
+        assert ("Traceback" in result.stderr) == ("KeyError" in error)
+
+
+def test_single_alone_is_compared_with_nothing(tmp_path, call):
+    flags = "--strategies single --steps 1 --num-layers 1 --sequence-length 16"
+    status, out, _ = call("5_Sharding_Demo", f"{flags} --out-dir {tmp_path / 'out'}")
+    assert status == 0
+    assert "只跑了 single，沒有可以比的" in out
+    assert "達標" not in out
+
+
 @pytest.mark.parametrize(
     ("environment_variables", "flags", "message"),
     [
