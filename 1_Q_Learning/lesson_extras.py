@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import logging
 import os
 import signal
 import sys
@@ -20,8 +19,6 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lesson import LessonError, Run, save
-
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # 家目錄寫不進去時，它的暫存資料夾不關讀者的事
 
 SEEDS = range(1000, 1010)  # 表格與圖用的隨機種子；調整設定只看 0 到 9
 COLORS = [matplotlib.color_sequences["okabe_ito"][i] for i in (5, 6, 3, 7, 1, 2, 0)]  # 不用黃色：白底上看不清
