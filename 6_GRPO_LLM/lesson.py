@@ -47,7 +47,7 @@ class Run:
     def __call__(self, main) -> None:
         """執行 main；跑不下去印一行，不印 traceback；最後把 Ctrl-C 還回去。"""
         Run.current = self  # 正在執行的那一個
-        NOTEBOOK or gc.freeze()  # 匯入的東西以後都不檢查：整個行程快一成；筆記本要一直活著，所以不做
+        NOTEBOOK or gc.freeze()  # 匯入的東西以後都不檢查；筆記本的核心要一直活著，所以不做
         try:
             self.require_learnt(False)  # 匯入套件的時候就按了 Ctrl-C
             main()
