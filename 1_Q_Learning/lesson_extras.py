@@ -203,9 +203,11 @@ def named_weights(module) -> dict:
 
 
 def save_weights(path: Path, module) -> None:
-    """權重存成 .npz，一個陣列一個名字；不用 pickle。"""
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: np.asarray(param[...]) for name, param in named_weights(module).items()})
+    """權重存成 .npz，一個陣列一個名字；不用 pickle。最後一次更新才發散，就丟出 LessonError，以前的權重還在。"""
+    arrays, buffer = {name: np.asarray(param[...]) for name, param in named_weights(module).items()}, io.BytesIO()
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise LessonError("權重不是有限的數；把學習率調小再試", 1)
+    np.savez(buffer, **arrays)
     save(path, buffer.getvalue())
 
 

@@ -341,7 +341,7 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
                 # 同步
                 if rounds % config.sync_every == 0:
                     agent.sync_target_network()
-            history.add_point(step, mean_return, last=perfect)
+            history.add_point(step, mean_return, last=perfect or step >= config.total_steps)
     collector.envs.close()
     seconds, memory_bytes = time.perf_counter() - start, extras.memory_bytes(agent, buffer)
     interrupted = step < config.total_steps and not perfect

@@ -66,18 +66,19 @@ def parse_mesh(mesh: str) -> dict[str, int]:
 
 def parse_rules(text: str) -> dict:
     """'batch=data,mlp=data+model' → 完整的規則手冊，沒寫到的軸不切；寫錯了就丟出 ValueError。"""
-    rules = dict.fromkeys(AXES)
+    rules = {}
     for item in text.split(",") if text else ():
         axis, equals, target = item.partition("=")
         if axis not in AXES or not equals:
             raise ValueError(f"--rules 的 {item!r}；要寫成 軸=data，軸是 {'、'.join(AXES)} 之一")
+        if axis in rules:
+            raise ValueError(f"--rules 的 {axis} 寫了兩次；一個軸只能有一條規則")
         parts = () if target == "None" else tuple(target.split("+"))
         if not set(parts) <= set(MESH_AXES) or len(set(parts)) < len(parts):
-            raise ValueError(
-                f"--rules 的 {item!r}；Mesh 的軸只有 {'、'.join(MESH_AXES)}，合起來寫 data+model，不切寫 None"
-            )
+            right = f"Mesh 的軸只有 {'、'.join(MESH_AXES)}，合起來寫 data+model，不切寫 None"
+            raise ValueError(f"--rules 的 {item!r}；{right}")
         rules[axis] = parts[0] if len(parts) == 1 else parts or None
-    return rules
+    return dict.fromkeys(AXES) | rules
 
 
 def check_rules(rules: dict, mesh: dict[str, int], sizes: list[tuple[str, int]]) -> None:

@@ -264,6 +264,7 @@ WRONG = {
         "--rules width=model",
         "--rules mlp=pipe",
         "--rules mlp=data+data",
+        "--rules batch=data,batch=model",
         "--rules embed=model,mlp=model",
         "--num-processes 2",
         "--coordinator nowhere",

@@ -165,6 +165,18 @@ def test_results_that_are_not_finite_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_are_not_finite_do_not_replace_good_ones(tmp_path):
+    module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    lesson_extras.save_weights(tmp_path / "weights.npz", module)
+    before = (tmp_path / "weights.npz").read_bytes()
+    module.kernel[...] = module.kernel[...].at[1, 2].set(np.inf)
+    with pytest.raises(lesson.LessonError) as stopped:
+        lesson_extras.save_weights(tmp_path / "weights.npz", module)
+    assert stopped.value.args == ("權重不是有限的數；把學習率調小再試", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.npz"]
+    assert (tmp_path / "weights.npz").read_bytes() == before
+
+
 def test_no_bars_in_a_log(tmp_path):
     result = run(LESSON, "--compare --episodes 20 --decay-episodes 10 --out-dir out", tmp_path)
     assert result.returncode == 0
