@@ -176,7 +176,7 @@ def draw_clipped_objective(config, clipped_objective) -> None:
             axes.axvspan(1 - epsilon, 1 + epsilon, color="0.9", label="1 − ε to 1 + ε")
             axes.plot(ratio, ratio * advantage, "--", color="C1", label="no lock: ratio × advantage")
             axes.plot(ratio, objective, color="C0", lw=2.5, label="PPO-Clip")
-            axes.plot(1, advantage, "o", color="black", label="every update starts here")
+            axes.plot(1, advantage, "o", color="black", label="a learning phase starts here")
             axes.set(xlabel="ratio = π_new / π_old", title=f"advantage {'> 0' if advantage > 0 else '< 0'}")
         panels[0].set_ylabel("objective (maximised)")
         panels[0].legend(loc="upper left")

@@ -30,7 +30,7 @@ KINDS = ("policy", "gradients", "moments", "reference", "cache")
 REPEATS = 3  # 每一種量幾次，取中位數；另外先跑一次，讓它編譯
 GROUP_SIZES = (2, 4, 8, 16)
 ANSWERS = 256  # 「答案一樣多」是幾個
-LLAMA3_8B = {"parameters": 8_030_261_248, "layers": 32, "kv_heads": 8, "head_dim": 128}  # Dubey 等 (2024) 表 3
+LLAMA3_8B = {"parameters": 8_030_261_248, "layers": 32, "kv_heads": 8, "head_dim": 128}  # Grattafiori 等 (2024) 表 3
 LLAMA3_8B |= {"vocab": 128_256, "embed": 4_096, "mlp": 14_336, "heads": 32}
 ANSWER_LENGTHS = (1_024, 8_192, 32_768)
 
