@@ -4,6 +4,7 @@ import atexit  # 匯入得越少，Ctrl-C 越早有人接：其餘的套件用�
 import contextlib
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ class Run:
     """一次執行：什麼時候開始、該不該停 (stop)、怎麼收場。只有直接執行的腳本才接管 Ctrl-C 與 SIGTERM。"""
 
     def __init__(self, name: str, script: str):
-        Run.current, self.started, self.stop, self.handlers = self, time.perf_counter(), threading.Event(), {}
+        self.started, self.stop, self.handlers = time.perf_counter(), threading.Event(), {}
         if name == "__main__" and threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         if name == "__main__" and not NOTEBOOK:
@@ -31,6 +32,7 @@ class Run:
             sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
             sys.stdout.reconfigure(errors="replace")  # 印不出中文的終端機看到問號
             os.environ["MPLBACKEND"] = "agg"  # 從筆記本用 ! 執行時，這裡指著筆記本才有的後端
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # 家目錄寫不進去，它自己另找地方放快取
             if os.access(folder := os.path.dirname(os.path.realpath(script)), os.W_OK):  # 編譯過的留到下一次
                 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(folder, ".jax_cache"))
                 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -46,7 +48,6 @@ class Run:
 
     def __call__(self, main) -> None:
         """執行 main；跑不下去印一行，不印 traceback；最後把 Ctrl-C 還回去。"""
-        Run.current = self  # 正在執行的那一個
         NOTEBOOK or gc.freeze()  # 匯入的東西以後都不檢查；筆記本的核心要一直活著，所以不做
         try:
             self.require_learnt(False)  # 匯入套件的時候就按了 Ctrl-C
@@ -77,7 +78,7 @@ class Run:
         metrics = {"lesson": type(config).out_dir.parent.name, "seed": config.seed, "config": vars(config)}
         metrics |= {"seconds": seconds, "device": device, "versions": versions} | results
         with contextlib.suppress(ValueError):  # 最後一次更新才發散，損失還來不及變成 NaN
-            text = json.dumps(metrics, ensure_ascii=False, indent=2, default=str, allow_nan=False)
+            text = json.dumps(metrics, ensure_ascii=False, indent=2, default=os.fspath, allow_nan=False)
             return save(config.out_dir / "metrics.json", text.encode(errors="backslashreplace"))
         raise LessonError("結果不是有限的數；把學習率調小再試", 1)
 
@@ -99,7 +100,6 @@ def check_bounds(config) -> None:
 def parse(config_class, description: str):
     """命令列 → config_class；錯的值由 tyro 說明，以狀態 2 結束。這時只看 out_dir 寫不寫得進去，還不建立它。"""
     import tyro
-
     config = tyro.cli(config_class, description=description)
     if getattr(config, "compare", False) and config.seed != config_class.seed:
         raise LessonError("--compare 與 --seed 一起用；--compare 跑固定的十個隨機種子，不要寫 --seed", 2)
@@ -120,7 +120,7 @@ def find_devices() -> list:
 
 def save(path, data: bytes) -> None:
     """先寫在旁邊，寫完才改名：磁碟滿了、被打斷，都不會留下半個檔案；同時跑兩個也不互撞。"""
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    aside = path.with_name(f".{os.urandom(4).hex()}-{path.name}")  # 容器裡的行程編號都是 1，分不開
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(data)

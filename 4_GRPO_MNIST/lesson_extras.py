@@ -34,7 +34,7 @@ STYLE = {
 
 
 def compare(run: Run, config, variants: dict, measure: Callable, table: Callable, draw: Callable) -> None:
-    """--compare：每個隨機種子、每種設定各跑一次 measure(config) → {欄: 值}，存檔、印出表格、畫圖。
+    """--compare：每個隨機種子、每種設定各跑一次 measure(設定的名字, config) → {欄: 值}，存檔、印出表格、畫圖。
 
     rows 是 {設定: {欄: [一個種子一個值]}}：table(rows) 是 Markdown 表格，draw(rows, out_dir) 畫圖，
     每一種設定至少跑完一個種子才畫。有一次訓練發散了，就說是哪一次；以前完成的照樣存下來。
@@ -42,7 +42,7 @@ def compare(run: Run, config, variants: dict, measure: Callable, table: Callable
     rows, done, failure, jobs = {}, 0, None, [(seed, name) for seed in SEEDS for name in variants]
     for seed, name in tqdm(jobs, "比較", unit="次訓練", disable=None):
         try:
-            measured = measure(replace(variants[name], seed=seed))
+            measured = measure(name, replace(variants[name], seed=seed))
         except LessonError as error:
             failure = LessonError(f"{name}、隨機種子 {seed}：{error.args[0]}", error.args[1])
             break
@@ -64,6 +64,23 @@ def compare(run: Run, config, variants: dict, measure: Callable, table: Callable
     if failure:
         raise failure
     run.finish(config, f"完成 {done} 次訓練" if done < len(jobs) else "")
+
+
+def refuse_changed(config, because: str, names: Iterable[str]) -> None:
+    """because 用不到或自己決定這些旗標，所以要是預設值；不是就丟出 ValueError。"""
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(type(config), name):
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            raise ValueError(f"{because} 配上 {flag}；這時用不到它，或由 {because} 決定，不要寫")
+
+
+def derive(name: str, config, **changes):
+    """--compare 的一種設定：config 改掉 changes；不能跑就說是哪一種。"""
+    try:
+        return replace(config, compare=False, **changes)
+    except ValueError as error:
+        raise ValueError(f"--compare 的 {name}：{error}") from error
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -133,12 +150,12 @@ def draw_error(values: Iterable[float]) -> np.ndarray:
     return np.array([[np.mean(values) - low], [high - np.mean(values)]])
 
 
-def save_gif(path: Path, frames: list[np.ndarray]) -> None:
-    """寬高各縮一半，一張 60 毫秒。"""
+def save_gif(path: Path, frames: list[np.ndarray], milliseconds: int) -> None:
+    """寬高各縮一半，一張 milliseconds 毫秒。"""
     from PIL import Image
 
     images, buffer = [Image.fromarray(frame[::2, ::2]).quantize(32) for frame in frames], io.BytesIO()
-    images[0].save(buffer, format="gif", save_all=True, append_images=images[1:], duration=60, loop=0)
+    images[0].save(buffer, format="gif", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     save(path, buffer.getvalue())
 
 
@@ -156,17 +173,17 @@ def has_display() -> bool:
     return False
 
 
-def watch(play: Callable, agent, config) -> None:
-    """--watch：載入權重，在視窗裡玩一個回合；沒有螢幕就寫成 GIF。沒有東西要存，Ctrl-C 立刻結束。"""
+def watch(run: Run, play: Callable, agent, config, milliseconds: int) -> None:
+    """--watch：載入權重，在視窗裡玩一個回合；沒有螢幕就寫成 watch.gif。沒有東西要存，Ctrl-C 立刻結束。"""
     check_settings(config.watch, config)
     load_weights(config.watch, agent, "--watch")
     with end_at_once():
-        Run.current.require_learnt(False)  # 建立智慧體的時候就按了 Ctrl-C
+        run.require_learnt(False)  # 建立智慧體的時候就按了 Ctrl-C
         if has_display():
             play(agent, "human")
             return
-        path = config.out_dir / "agent.gif"
-        save_gif(path, play(agent, "rgb_array"))
+        path = config.out_dir / "watch.gif"  # 不蓋掉訓練時存的 agent.gif
+        save_gif(path, play(agent, "rgb_array"), milliseconds)
         print(f"沒有螢幕，畫面存在 {path}", flush=True)
 
 
@@ -193,6 +210,13 @@ def end_at_once():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def array_bytes(tree) -> int:
+    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
 def named_weights(module) -> dict:
