@@ -11,7 +11,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
 import lesson_extras
-from lesson_extras import figure, interval, markdown_table, show_mean
+from lesson_extras import draw_mean, figure, markdown_table, show_mean
 
 ARROWS = "↑↓←→"
 TIE = 1e-6  # Q 值差這麼少的動作算一樣好
@@ -143,7 +143,7 @@ def variants(config) -> dict:
 
 
 def compare(run, config, train, evaluate) -> None:
-    def measure(variant) -> dict:
+    def measure(name: str, variant) -> dict:
         result = train(variant, run.stop, progress=False)
         if result.interrupted:
             return {}
@@ -153,8 +153,8 @@ def compare(run, config, train, evaluate) -> None:
             "episodes": episodes[shown].tolist(),
             "returns": returns[shown].tolist(),
             "errors": errors[shown].tolist(),
-            "mean_returns": float(returns.mean()),
-            "final_errors": float(np.abs(result.q_table - result.q_star).max()),
+            "mean_returns": float(np.average(returns, weights=np.diff(episodes, prepend=0))),  # 最後一段可能比較短
+            "final_errors": float(errors[-1]),
             "greedy_returns": evaluate(result.q_table, variant),
             "optimal_states": optimal_states(result.q_table, result.q_star),
         }
@@ -188,14 +188,11 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         for i, (name, row) in enumerate(rows.items()):
             color, episodes, label = f"C{i % 4}", row["episodes"][0], name.split(", ")[0]
             style = {"color": color, "linestyle": ("-", "--", ":", "-.")[i % 4], "lw": 2.2, "label": label}
-            band = {"color": color, "alpha": 0.15, "lw": 0}
-            panel = panels[0 if i < 4 else 2]
-            panel.plot(episodes, np.mean(row["returns"], axis=0), **style)
-            panel.fill_between(episodes, *np.transpose([interval(r) for r in np.transpose(row["returns"])]), **band)
+            draw_mean(panels[0 if i < 4 else 2], episodes, row["returns"], **style)
             if i < 4:
                 errors = np.maximum(row["errors"], 1e-16)
                 panels[1].plot(episodes, np.median(errors, axis=0), **style)
-                panels[1].fill_between(episodes, errors.min(axis=0), errors.max(axis=0), **band)
+                panels[1].fill_between(episodes, errors.min(axis=0), errors.max(axis=0), color=color, alpha=0.2, lw=0)
         for axes in panels:
             axes.set(xlabel="episode", xscale="log", ylabel="return (mean of the seeds)")
             axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -32,17 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from snapshot import snapshot
 from tqdm import tqdm
 
-from lesson_extras import save_weights
+from lesson_extras import save_weights, watch
 
-EPISODE_STEPS = 500  # CartPole-v1 的時間上限，也是最高的回報
+EPISODE_STEPS = extras.EPISODE_STEPS  # CartPole-v1 的時間上限 500，也是最高的回報
 EVAL_EPISODES = 100
 TARGET_RETURN = 475.0  # CartPole-v1 登記的及格線
 CHECK_SEED, EVAL_SEED = 1_000_000, 2_000_000  # 檢查與評估的起點各用一組，訓練都不使用
 CHECK_EVERY = 2_048  # 每隔幾步看一次要不要做貪婪檢查
 CHECK_GATE = 150.0  # 最近的訓練回合平均到這裡，才值得檢查
-RECENT_EPISODES = 20  # 「最近」是幾個訓練回合
+RECENT_EPISODES = 20  # 「最近」是幾個訓練回合；環境比這還多份時，和環境一樣多
 CURVE_EVERY = 1_000  # 學習曲線每隔幾步一個點
 # 觀測的四個數字 (位置 m、速度 m/s、角度 rad、角速度 rad/s) 的大小；2.4 m 與 12° (0.2095 rad) 是終止的界線
 OBSERVATION_SCALE = (2.4, 2.0, 0.2095, 2.0)
@@ -188,20 +189,6 @@ def dqn_loss(network: QNetwork, batch: Transition, targets: jax.Array) -> tuple[
     return jnp.mean((targets - chosen) ** 2), jnp.abs(q).max()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def call(function, structure, weights, *inputs):
-    return function(jax.tree.unflatten(structure, weights), *inputs)
-
-
-def snapshot(function, module):
-    """function(module, *輸入) 編譯成只收輸入的函式；用的是這一刻的權重，之後再學也不變。
-
-    模組每次進 jax.jit 都要攤平；這裡只攤平一次，每一步快好幾倍。
-    """
-    weights, structure = jax.tree.flatten(module)
-    return functools.partial(call, function, structure, weights)
-
-
 make_adam = functools.cache(optax.adam)  # 同樣的學習率拿到同一個物件，jax.jit 才不會為每個智慧體重新編譯
 
 
@@ -272,13 +259,15 @@ class Collector:
     """一邊走一邊存：環境、現在的觀測 (num_envs, 4)、哪幾份的下一步只是重置、最近幾個回合的回報。"""
 
     def __init__(self, config: Config, rng: np.random.Generator):
-        self.config, self.rng = config, rng
-        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(config.num_envs), RECENT_EPISODES)
+        self.config = config
+        self.rng = rng
+        recent = max(RECENT_EPISODES, config.num_envs)  # 同時開始的許多份，先走完的都是短的回合
+        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(make_envs(config.num_envs), recent)
         self.states, _ = self.envs.reset(seed=config.seed)
         self.resetting = np.zeros(config.num_envs, bool)
 
     def collect(self, agent: DQNAgent, buffer: ReplayBuffer, until: int) -> float:
-        """用 ε-貪婪走到緩衝區一共存過 until 步；回傳最近幾個回合的平均回報，還沒有回合走完時是 nan。"""
+        """用 ε-貪婪走到緩衝區一共存過 until 步；回傳最近幾個回合的平均回報，走完的比環境還少時是 nan。"""
         q_function = agent.q_function()
         while buffer.added < until:
             epsilon = epsilon_at(buffer.added, self.config)
@@ -287,7 +276,8 @@ class Collector:
             steps = Transition(self.states, actions, rewards, next_states, terminated)
             buffer.add(Transition(*(column[~self.resetting] for column in steps)))  # 重置不是真的一步，不存
             self.states, self.resetting = next_states, terminated | truncated
-        return float(np.mean(self.envs.return_queue)) if self.envs.return_queue else math.nan
+        recent = self.envs.return_queue
+        return float(np.mean(recent)) if len(recent) >= self.config.num_envs else math.nan
 
 
 def next_batches(buffer: ReplayBuffer, due: int, config: Config, rng: np.random.Generator) -> Transition:
@@ -312,10 +302,14 @@ class Result:
 
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True) -> Result:
     """照 config 訓練一個智慧體；stop 被設定時，停在兩個學習階段之間。損失變成 NaN 或無限大就丟出 LessonError。"""
+    start = time.perf_counter()
     # 探索與抽樣用另一支亂數：只給種子，和環境的起點就是同一串數字
-    start, rng = time.perf_counter(), np.random.default_rng([config.seed, 1])
-    agent, buffer, collector = DQNAgent(config), ReplayBuffer(config.buffer_size), Collector(config, rng)
-    history, step, rounds, perfect = extras.History(CURVE_EVERY), 0, 0, False
+    rng = np.random.default_rng([config.seed, 1])
+    agent = DQNAgent(config)
+    buffer = ReplayBuffer(config.buffer_size)
+    collector = Collector(config, rng)
+    history = extras.History(CURVE_EVERY)
+    step, rounds, perfect = 0, 0, False
     learn_round = nnx.cached_partial(learn, agent)  # 智慧體只攤平一次，不是每個階段都攤平
     with tqdm(total=config.total_steps, desc="訓練", unit="步", disable=None if progress else True) as bar:
         while step < config.total_steps and not perfect and not (stop and stop.is_set()):
@@ -323,8 +317,9 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
             before, due = step, config.learning_starts + rounds * config.train_every
             mean_return = collector.collect(agent, buffer, min(due, config.total_steps))
             step = buffer.added
-            bar.set_postfix_str(f"平均回報 {mean_return:.0f}", refresh=before == 0)
-            bar.update(step - before)
+            if not math.isnan(mean_return):
+                bar.set_postfix_str(f"平均回報 {mean_return:.0f}", refresh=not history.curve)
+            bar.update(min(step, config.total_steps) - bar.n)
             # 檢查：上一個學習階段學完的網路不探索，玩 100 個訓練與評估都不用的回合
             check_due = step // CHECK_EVERY > before // CHECK_EVERY  # 走過了 CHECK_EVERY 的倍數
             if config.early_stop and check_due and mean_return >= CHECK_GATE:
@@ -372,7 +367,7 @@ def main() -> None:
     config = lesson.parse(Config, "第 2 課：DQN，讓神經網路扮演 Q-Table，把桿子立起來")
     lesson.find_devices()
     if config.watch:
-        return extras.watch(extras.play, DQNAgent(config), config)
+        return watch(RUN, extras.play, DQNAgent(config), config, extras.FRAME_MILLISECONDS)
     if config.compare:
         return extras.compare(RUN, config, train, evaluate, EVAL_SEED, (ReplayBuffer, Collector, next_batches))
     result = train(config, RUN.stop)
@@ -386,7 +381,7 @@ def main() -> None:
         solved=solved, criterion_met=result.criterion_met, memory_bytes=result.memory_bytes,
         curve=result.history.curve, checks=result.history.checks, largest_q=result.history.largest_q,
     )  # fmt: skip
-    extras.draw(result, config, returns, TARGET_RETURN, RECENT_EPISODES)
+    extras.draw(result, config, returns, TARGET_RETURN, max(RECENT_EPISODES, config.num_envs))
     if result.criterion_met:
         print(f"達到停止條件：第 {result.env_steps} 步的貪婪檢查，{EVAL_EPISODES} 個回合全部滿分")
     elif not result.interrupted:

@@ -4,22 +4,31 @@
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import gymnasium as gym
-import jax
 import numpy as np
 from binned_table import BINS, train_table
 from flax import nnx
 
 import lesson_extras
-from lesson_extras import draw_mean, figure, markdown_table, save_gif, show_difference, show_mean, watch  # noqa: F401
+from lesson_extras import (
+    array_bytes,
+    derive,
+    draw_mean,
+    figure,
+    markdown_table,
+    refuse_changed,
+    save_gif,
+    show_difference,
+    show_mean,
+)
 
 EPISODE_STEPS = gym.spec("CartPole-v1").max_episode_steps  # 500，也是最高的回報
 MOST_GIGABYTES = 4  # 一個學習階段最多用多少記憶體：一台筆電拿得出來的
 COMPARE_STEPS = 40_000
+FRAME_MILLISECONDS = 80  # 動畫每四步一張，一步 0.02 秒
 SWITCHES = ("replay", "target_network", "double")
 VARIANTS = {  # 名稱 (圖例與表格) → SWITCHES 的值
     "replay + target": (True, True, False),
@@ -50,11 +59,7 @@ def check(config) -> None:
 
 def refuse_overridden(config) -> None:
     """--compare 自己決定的旗標，不能也寫在命令列。"""
-    for name in (*SWITCHES, "watch"):
-        value = getattr(config, name)
-        if value != getattr(type(config), name):
-            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-            raise ValueError(f"--compare 配上 {flag}；--compare 自己決定要訓練哪幾種智慧體，兩個只能寫一個")
+    refuse_changed(config, "--compare", (*SWITCHES, "watch"))
     if COMPARE_STEPS < config.total_steps != type(config).total_steps:
         wrong = f"--compare 配上 --total-steps {config.total_steps}"
         raise ValueError(f"{wrong}；--compare 最多走 {COMPARE_STEPS:,} 步，要在這以下")
@@ -63,13 +68,8 @@ def refuse_overridden(config) -> None:
 def variants(config) -> dict:
     """VARIANTS 的每一種，走一樣多步、不提早停；每一種都檢查自己，不能跑就丟出 ValueError。"""
     steps = min(config.total_steps, COMPARE_STEPS)
-    shared, configs = {"compare": False, "early_stop": False, "total_steps": steps}, {}
-    for name, values in VARIANTS.items():
-        try:
-            configs[name] = replace(config, **shared, **dict(zip(SWITCHES, values, strict=True)))
-        except ValueError as error:
-            raise ValueError(f"--compare 的 {name}：{error}") from error
-    return configs
+    switches = {name: dict(zip(SWITCHES, values, strict=True)) for name, values in VARIANTS.items()}
+    return {name: derive(name, config, early_stop=False, total_steps=steps, **on) for name, on in switches.items()}
 
 
 # 訓練途中 --------------------------------------------------------------------------------------------
@@ -100,11 +100,6 @@ class History:
         if self.recent_q:
             self.largest_q.append((step, max(self.recent_q)))
         self.recent_q = []
-
-
-def array_bytes(tree) -> int:
-    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
 def memory_bytes(agent, buffer) -> dict[str, int]:
@@ -141,7 +136,7 @@ def play(agent, render_mode: str) -> list[np.ndarray]:
 def draw(result, config, returns: np.ndarray, target_return: float, recent_episodes: int) -> None:
     draw_learning_curve(result.history, config, returns, target_return, recent_episodes)
     draw_q_values(result.agent, config.out_dir / "q_values.png")
-    save_gif(config.out_dir / "agent.gif", play(result.agent, "rgb_array"))
+    save_gif(config.out_dir / "agent.gif", play(result.agent, "rgb_array"), FRAME_MILLISECONDS)
 
 
 def draw_learning_curve(history, config, returns: np.ndarray, target_return: float, recent_episodes: int) -> None:
@@ -202,7 +197,6 @@ def discounted_return(returns: np.ndarray, gamma: float) -> np.ndarray:
 def compare(run, config, train, evaluate, eval_seed: int, collecting: tuple) -> None:
     """collecting 是腳本的 ReplayBuffer、Collector、next_batches：分格的表和網路用同一份程式收集資料。"""
     make_buffer, make_collector, next_batches = collecting
-    methods = variants(config)
 
     def measure_table(bins: int, variant) -> dict:
         """同樣的設定，網路換成每個維度 bins 格的表：評估的平均回報，學過的格子佔多少。"""
@@ -211,12 +205,11 @@ def compare(run, config, train, evaluate, eval_seed: int, collecting: tuple) -> 
         returns, _ = evaluate(table, eval_seed + variant.seed)
         return {"eval_mean": float(returns.mean()), "learnt_share": table.learnt_share()}
 
-    def measure(variant) -> dict:
+    def measure(name: str, variant) -> dict:
         """一次訓練：曲線，交出去的策略的回報，它以為的價值 (max Q) 與真正的折扣回報。"""
         result = train(variant, run.stop, progress=False)
         if result.interrupted:
             return {}
-        has_tables = variant == replace(methods["replay + target"], seed=variant.seed)
         returns, start_q = evaluate(result.agent, eval_seed + variant.seed)
         untrained, _ = evaluate(type(result.agent)(variant), eval_seed + variant.seed)
         return {
@@ -227,10 +220,10 @@ def compare(run, config, train, evaluate, eval_seed: int, collecting: tuple) -> 
             "start_q": float(start_q.mean()),
             "true_returns": float(discounted_return(returns, variant.gamma).mean()),
             "gamma": variant.gamma,
-            **({"tables": [measure_table(bins, variant) for bins in BINS]} if has_tables else {}),
+            **({"tables": [measure_table(bins, variant) for bins in BINS]} if name == "replay + target" else {}),
         }
 
-    lesson_extras.compare(run, config, methods, measure, comparison_table, draw_comparison)
+    lesson_extras.compare(run, config, variants(config), measure, comparison_table, draw_comparison)
 
 
 def comparison_table(rows: dict) -> str:

@@ -100,9 +100,8 @@ def check_bounds(config) -> None:
 def parse(config_class, description: str):
     """命令列 → config_class；錯的值由 tyro 說明，以狀態 2 結束。這時只看 out_dir 寫不寫得進去，還不建立它。"""
     import tyro
+
     config = tyro.cli(config_class, description=description)
-    if getattr(config, "compare", False) and config.seed != config_class.seed:
-        raise LessonError("--compare 與 --seed 一起用；--compare 跑固定的十個隨機種子，不要寫 --seed", 2)
     with contextlib.suppress(OSError):  # 名字太長，或工作目錄被刪了，也是寫不進去
         place = next(p for p in (config.out_dir.absolute() / "metrics.json").parents if p.is_symlink() or p.exists())
         if place.is_dir() and os.access(place, os.W_OK | os.X_OK):

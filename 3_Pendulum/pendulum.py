@@ -31,10 +31,11 @@ import optax
 import pendulum_extras as extras
 from flax import nnx
 from pendulum_envs import EPISODE_STEPS, PendulumEnvs, evaluation_starts
+from snapshot import snapshot
 from tensorflow_probability.substrates.jax import distributions as tfd
 from tqdm import tqdm
 
-from lesson_extras import save_weights
+from lesson_extras import save_weights, watch
 
 TARGET_RETURN = -175.0
 MIN_SIGMA = 1e-3
@@ -64,11 +65,11 @@ class Config:
 
     algorithm: Literal[*ALGORITHMS] = "ppo_clip"  # 演算法：階梯上的哪一階
     seed: Annotated[int, (0, 2**32 - 1)] = 42  # 隨機種子 (seed)
-    total_steps: Annotated[int, (1, 10**9)] = 100_000  # 與環境互動的總步數
+    total_steps: Annotated[int, (1, 10**9)] = 100_000  # 與環境互動的總步數；剩下不足一次收集的不走
     num_envs: Annotated[int, (1, 10**4)] = 16  # 同時進行的環境份數
     num_steps: Annotated[int, (1, 10**6)] = 200  # 一次收集 (rollout) 裡，每個環境走幾步
     train_epochs: Annotated[int, (1, 10**4)] = 10  # 同一批資料學幾遍 (K)
-    minibatch_size: Annotated[int, (1, 10**7)] = 128  # 小批次 (minibatch) 的樣本數
+    minibatch_size: Annotated[int, (1, 10**7)] = 128  # 小批次 (minibatch) 的樣本數；每一遍剩下不足一個的不用
     actor_learning_rate: Annotated[float, (1e-7, 1)] = 2e-3  # 演員的學習率
     critic_learning_rate: Annotated[float, (1e-7, 1)] = 2e-3  # 評論家的學習率
     anneal_learning_rate: bool = True  # 學習率線性降到 0
@@ -148,20 +149,6 @@ class Critic(nnx.Module):
 
     def __call__(self, states: jax.Array) -> jax.Array:
         return self.fc_out(self.body(states))[..., 0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def call(function, structure, weights, *inputs):
-    return function(jax.tree.unflatten(structure, weights), *inputs)
-
-
-def snapshot(function, module):
-    """function(module, *輸入) 編譯成只收輸入的函式；用的是這一刻的權重，之後再學也不變。
-
-    模組每次進 jax.jit 都要攤平；這裡只攤平一次，每一步快好幾倍。
-    """
-    weights, structure = jax.tree.flatten(module)
-    return functools.partial(call, function, structure, weights)
 
 
 # 4. 記憶：同策略的資料，學完就丟 ---------------------------------------------------------------------
@@ -324,7 +311,7 @@ def collect(agent: PolicyGradientAgent, envs: PendulumEnvs, buffer: RolloutBuffe
 class Result:
     agent: PolicyGradientAgent
     env_steps: int
-    curve: list[tuple[int, float]]  # (步數, 最近 num_envs 個回合的平均回報)
+    curve: list[tuple[int, float]]  # (步數, 在那一步走完的 num_envs 個回合的平均回報)
     outside_shares: list[float]  # 每個學習階段之後，比例在界線之外的樣本比率
     data_bytes: int  # 學習一次用的資料佔幾個位元組
     seconds: float
@@ -333,9 +320,13 @@ class Result:
 
 def train(config: Config, stop=None, progress: bool = True) -> Result:
     """照 config 訓練一個智慧體；stop 被設定時，停在兩次收集之間。損失變成 NaN 或無限大就丟出 LessonError。"""
-    start, rng, size = time.perf_counter(), np.random.default_rng(config.seed), config.rollout_size
-    agent, envs, buffer = make_agent(config), PendulumEnvs(config.num_envs, config.seed), RolloutBuffer()
-    curve, outside_shares, env_steps, data_bytes = [], [], 0, 0
+    start = time.perf_counter()
+    rng = np.random.default_rng(config.seed)
+    agent = make_agent(config)
+    envs = PendulumEnvs(config.num_envs, config.seed)
+    buffer = RolloutBuffer()
+    outside_shares, env_steps, data_bytes = [], 0, 0
+    size = config.rollout_size
     total, used = config.total_steps // size * size, size // config.minibatch_size * config.minibatch_size
     with tqdm(total=total, desc="訓練", unit="步", disable=None if progress else True) as bar:
         while env_steps < total and not (stop and stop.is_set()):
@@ -350,10 +341,11 @@ def train(config: Config, stop=None, progress: bool = True) -> Result:
                 raise lesson.LessonError(f"第 {env_steps} 步的損失不是有限的數；把學習率調小再試", 1)
             outside_shares.append(float(outside))
             data_bytes = extras.array_bytes(batch)
-            if len(envs.last_returns) and envs.steps < config.num_steps:  # 這次收集裡走完了回合
-                curve.append((env_steps, float(envs.last_returns.mean())))
-                bar.set_postfix_str(f"平均回報 {curve[-1][1]:.0f}")
+            if envs.finished:
+                bar.set_postfix_str(f"平均回報 {envs.finished[-1].mean():.0f}")
             bar.update(size)
+    ends = EPISODE_STEPS * config.num_envs * np.arange(1, len(envs.finished) + 1)  # 每一輪回合在第幾步走完
+    curve = [(int(step), float(returns.mean())) for step, returns in zip(ends, envs.finished, strict=True)]
     return Result(agent, env_steps, curve, outside_shares, data_bytes, time.perf_counter() - start, env_steps < total)
 
 
@@ -366,7 +358,7 @@ def evaluate(agent: PolicyGradientAgent) -> np.ndarray:
     envs.start(evaluation_starts())
     for _ in range(EPISODE_STEPS):
         envs.step(np.asarray(policy(envs.states).loc))
-    return envs.last_returns
+    return envs.finished[-1]
 
 
 # 8. 主程式 -------------------------------------------------------------------------------------------
@@ -376,7 +368,7 @@ def main() -> None:
     config = lesson.parse(Config, "第 3 課：從 REINFORCE 到 PPO，把單擺甩上去")
     lesson.find_devices()
     if config.watch:
-        return extras.watch(extras.play, make_agent(config), config)
+        return watch(RUN, extras.play, make_agent(config), config, extras.FRAME_MILLISECONDS)
     if config.compare:
         return extras.compare(RUN, config, ALGORITHMS, train, evaluate, collect, RolloutBuffer())
     result = train(config, RUN.stop)

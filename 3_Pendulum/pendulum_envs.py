@@ -13,13 +13,13 @@ class PendulumEnvs:
     沒有終止，每個回合都是 200 步，所以一起截斷；截斷的那一步就重置。
 
     states：下一步從哪裡走，觀測 (num_envs, 3)。
-    last_returns：最近走完的一個回合的回報 (num_envs,)；一個都還沒走完時是空的。
+    finished：走完的回合的回報，一輪一個 (num_envs,)；第 i 輪 (從 0 算) 在第 (i + 1) × 200 × num_envs 步走完。
     """
 
     def __init__(self, num_envs: int, seed: int | list[int]):
         self.physics = gym.make("Pendulum-v1").unwrapped
         self.generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(num_envs)]
-        self.last_returns = np.zeros(0)
+        self.finished = []
         self.start(self.random_starts())
 
     def random_starts(self) -> np.ndarray:
@@ -41,7 +41,7 @@ class PendulumEnvs:
         self.returns += rewards
         truncated = self.steps == EPISODE_STEPS
         if truncated:
-            self.last_returns = self.returns
+            self.finished.append(self.returns)
             self.start(self.random_starts())
         return next_states, rewards, np.zeros(len(actions), bool), np.full(len(actions), truncated)
 

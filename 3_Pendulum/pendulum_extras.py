@@ -17,21 +17,24 @@ from pendulum_envs import EPISODE_STEPS, PendulumEnvs
 import lesson_extras
 from lesson_extras import (
     COLORS,
+    array_bytes,
+    derive,
     draw_error,
     draw_mean,
     figure,
     interval,
     markdown_table,
+    refuse_changed,
     save_gif,
     show_difference,
     show_mean,
-    watch,  # noqa: F401
 )
 
 with warnings.catch_warnings(action="ignore"):  # 它匯入時用了 JAX 將要移除的東西，讀者管不著；腳本從這裡之後才匯入它
     import tensorflow_probability.substrates.jax  # noqa: F401
 
 MOST_GIGABYTES = 4  # 一次收集與學習最多用多少記憶體：一台筆電拿得出來的
+FRAME_MILLISECONDS = 100  # 動畫每兩步一張，一步 0.05 秒
 GRADIENT_ROLLOUTS = 10
 LAMBDAS = (0.0, 0.5, 0.9, 0.95, 0.98, 1.0)
 STARTS, COPIES = 16, 256  # 量 λ 的偏差：幾個起點、每個起點各走幾個回合
@@ -46,11 +49,6 @@ NOTES_SETTINGS = {
     "reward_scale": 1.0,
     "sigma_bias": 0.0,
 }
-
-
-def array_bytes(tree) -> int:
-    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
 def memory_bytes(agent, data_bytes: int) -> dict[str, int]:
@@ -81,7 +79,7 @@ def check(config, algorithms) -> None:
     if not config.critic and config.num_steps % EPISODE_STEPS:
         right = f"{config.algorithm} 要看完整個回合才有分數，要是 {EPISODE_STEPS} 的倍數"
         raise ValueError(f"--num-steps 是 {config.num_steps}；{right}")
-    if minibatch == 1 and config.normalize_advantages and config.standardizes:
+    if minibatch == 1 and config.standardizes:
         right = "一個樣本標準化之後永遠是 0，演員學不到東西；要 2 以上，或加上 --no-normalize-advantages"
         raise ValueError(f"--minibatch-size 是 1；{right}")
     # 粗估：收集的資料、樣本的順序、隱藏層、一個小批次的梯度、權重連同動差
@@ -97,19 +95,9 @@ def check(config, algorithms) -> None:
 
 def check_compare(config, algorithms) -> None:
     """--compare 自己決定的旗標，不能也寫在命令列；它要跑的每一種設定都要能跑。"""
-    for name in ("algorithm", "watch"):
-        if getattr(config, name) != getattr(type(config), name):
-            raise ValueError(f"--compare 配上 --{name}；--compare 自己決定要訓練哪幾種智慧體，兩個只能寫一個")
+    refuse_changed(config, "--compare", ("algorithm", "watch"))
     variants(config, algorithms)
     gradient_config(config)
-
-
-def derive(name: str, config, **changes):
-    """--compare 的一種設定；不能跑就說是哪一種。"""
-    try:
-        return replace(config, compare=False, **changes)
-    except ValueError as error:
-        raise ValueError(f"--compare 的 {name}：{error}") from error
 
 
 def variants(config, algorithms) -> dict:
@@ -150,7 +138,7 @@ def play(agent, render_mode: str) -> list[np.ndarray]:
 def draw(result, config, eval_mean: float, target_return: float, clipped_objective) -> None:
     draw_learning_curve(result, config, eval_mean, target_return)
     draw_clipped_objective(config, clipped_objective)
-    save_gif(config.out_dir / "agent.gif", play(result.agent, "rgb_array"))
+    save_gif(config.out_dir / "agent.gif", play(result.agent, "rgb_array"), FRAME_MILLISECONDS)
 
 
 def draw_learning_curve(result, config, eval_mean: float, target_return: float) -> None:
@@ -233,8 +221,6 @@ def lambda_errors(config, agent, collect, buffer) -> dict[str, list[float]]:
 
 
 def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
-    configs = variants(config, algorithms)
-
     @functools.cache
     def practised(seed: int):
         """量梯度與 λ 用的策略，一個隨機種子只練一次。"""
@@ -246,8 +232,7 @@ def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
         practice, agent = replace(gradient_config(config), seed=seed), practised(seed).agent
         return gradient_variances(practice, agent, collect, buffer, algorithms, GRADIENT_ROLLOUTS)
 
-    def measure(variant) -> dict:
-        name = next(name for name, config in configs.items() if replace(config, seed=variant.seed) == variant)
+    def measure(name: str, variant) -> dict:
         if practised(variant.seed).interrupted:  # 沒練完的策略，什麼都不量
             return {}
         measured = {"gradient_variances": variances(variant.seed).get(name)}
@@ -268,7 +253,7 @@ def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
             "outside_shares": float(np.mean(result.outside_shares)),
         }
 
-    lesson_extras.compare(run, config, configs, measure, comparison_table, draw_comparison)
+    lesson_extras.compare(run, config, variants(config, algorithms), measure, comparison_table, draw_comparison)
 
 
 def relative_variances(rows: dict, name: str) -> np.ndarray:

@@ -34,6 +34,8 @@ from flax import nnx
 from tensorflow_probability.substrates.jax import distributions as tfd
 from tqdm import tqdm
 
+from lesson_extras import refuse_changed, save_weights
+
 DATA_DIR = Path(__file__).resolve().parent / "data" / "mnist_packed" / "1.0.0"
 TRAIN_IMAGES = 60_000
 STATE_DIM = 784  # 28 × 28 個像素
@@ -59,7 +61,7 @@ class Config:
     algorithm: Algorithm = "grpo"  # 演算法：ppo 用評論家當基線；supervised 直接給答案，拿來對照
     seed: Annotated[int, (0, 2**32 - 1)] = 42  # 隨機種子 (seed)
     num_epochs: Annotated[int, (1, 1000)] = 10  # 訓練集看幾輪
-    batch_size: Annotated[int, (2, TRAIN_IMAGES)] = 256  # 一個批次 (batch) 有幾張不同的圖片
+    batch_size: Annotated[int, (2, TRAIN_IMAGES)] = 256  # 一個批次 (batch) 有幾張不同的圖片；不足一批的圖片這一輪不用
     group_size: Annotated[int, (1, 1024)] = 4  # 每張圖片採樣幾個答案 (G)
     group: Literal["batch", "image"] = "batch"  # 誰和誰比：batch 是整個批次的答案，image 是同一張圖片的 G 個答案
     baseline: Literal["group", "moving-average"] = "group"  # grpo 的基線：群組的平均，或以前各批平均的移動平均
@@ -74,10 +76,7 @@ class Config:
     def __post_init__(self):
         lesson.check_bounds(self)
         chosen = "--compare" if self.compare else f"--algorithm {self.algorithm}"
-        for name in UNUSED.get(chosen, ()):
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value != getattr(Config, name):
-                raise ValueError(f"{chosen} 配上 {flag} {value}；{chosen} 用不到 {flag}，拿掉其中一個")
+        refuse_changed(self, chosen, UNUSED.get(chosen, ()))
         if self.group == "image" and self.group_size == 1:
             raise ValueError("--group image 的 --group-size 是 1；一個答案沒有對象可比，至少要 2")
         if self.group == "image" and self.baseline != "group":
@@ -158,9 +157,11 @@ def group_baseline(rewards: jax.Array, group: str) -> jax.Array:
 
 
 def relative_advantages(rewards: jax.Array, baseline: jax.Array, group: str) -> jax.Array:
-    """相對優勢 (rewards - baseline) / 群組的標準差，形狀 (G, B)；arXiv 2402.03300 第 4.1.2 節。
+    """相對優勢 (rewards - baseline) / 它的標準差，形狀 (G, B)；arXiv 2402.03300 第 4.1.2 節。
 
+    標準差是 rewards - baseline 在群組裡的；群組共用一個基線時，它就是獎勵的標準差。ppo 的基線一張圖片一個，兩者不同。
     不再減一次平均：筆記的標準化會再減，整批共用一個數的基線 (例如移動平均) 會被它蓋掉。
+    ppo 的也不再減，和第 3、6 課的 PPO 不同：減掉基線之後，平均不一定是 0。
     整組全對或全錯，標準差是 0，沒有誰比誰好，優勢是 0。
     """
     axis = 0 if group == "image" else None
@@ -182,9 +183,8 @@ def kl_estimate(log_probs, reference_log_probs):
     return jnp.exp(difference) - difference - 1
 
 
-@functools.cache
 def make_optimizer(learning_rate: float, decay_steps: int | None):
-    """Adam；同樣的參數拿到同一個物件，nnx.jit 才不會為每個智慧體重新編譯。"""
+    """Adam；學習率照餘弦，在 decay_steps 次更新之後降到 0，None 是不降。"""
     return optax.adam(optax.cosine_decay_schedule(learning_rate, decay_steps) if decay_steps else learning_rate)
 
 
@@ -259,12 +259,17 @@ class GRPOAgent(nnx.Module):
 
     def learn(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """同一批學 K 遍；回傳每一遍的損失與越界的比率，各 (K,)。"""
-        one_pass, axes = lambda agent: (agent, agent.train_actor(batch)), (nnx.Carry, 0)
-        return nnx.scan(one_pass, length=self.train_epochs, in_axes=nnx.Carry, out_axes=axes)(self)[1]
+
+        def one_pass(agent):
+            return agent, agent.train_actor(batch)
+
+        repeat = nnx.scan(one_pass, length=self.train_epochs, in_axes=nnx.Carry, out_axes=(nnx.Carry, 0))
+        _, log = repeat(self)
+        return log
 
 
 # 網路與最佳化器的狀態編譯成一次呼叫；亂數的 key 是輸入，換隨機種子不必重新編譯
-build_agent = functools.partial(nnx.jit, static_argnums=(0, 1))(GRPOAgent)
+build_agent = nnx.jit(GRPOAgent, static_argnums=(0, 1))
 
 
 def make_agent(config: Config, images: int) -> GRPOAgent:
@@ -369,7 +374,7 @@ def main() -> None:
     result = train(config, data, RUN.stop)
     RUN.require_learnt(result.history)
     actor, last = result.agent.actor, result.history[-1]
-    extras.save_weights(config.out_dir / "weights.npz", actor)
+    save_weights(config.out_dir / "weights.npz", actor)
     memory = extras.memory_bytes(result.agent)
     RUN.save_metrics(
         config, result.seconds, **extras.columns(result.history), parameters=extras.parameter_count(actor),

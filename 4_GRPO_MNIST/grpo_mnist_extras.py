@@ -4,17 +4,20 @@
 """
 
 import math
-from dataclasses import replace
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from matplotlib.ticker import MaxNLocator
 
 import lesson_extras
-from lesson_extras import draw_mean, figure, markdown_table, save_weights, show_difference, show_mean  # noqa: F401
+from lesson_extras import array_bytes, derive, draw_mean, figure, markdown_table, show_difference, show_mean
+
+with warnings.catch_warnings(action="ignore"):  # 它匯入時用了 JAX 將要移除的東西，讀者管不著；腳本從這裡之後才匯入它
+    import tensorflow_probability.substrates.jax  # noqa: F401
 
 # 筆記的設定：一張圖片一個答案，學一遍，學習率固定；--compare 拿它和預設值比。
 NOTES_SETTINGS = {
@@ -66,30 +69,14 @@ def parameter_count(module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
-def array_bytes(tree) -> int:
-    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
-
-
-@nnx.jit
-def gradients(model, states: jax.Array):
-    """輸出的總和對每個參數的梯度；演員的輸出是分佈，取它的 logits。"""
-
-    def total(model):
-        output = model(states)
-        return jnp.sum(getattr(output, "logits", output))
-
-    return nnx.grad(total)(model)
-
-
 def memory_bytes(agent) -> dict[str, int]:
-    """訓練時要記住的東西，各佔幾個位元組，從陣列量出來；梯度是真的算一次。"""
+    """訓練時要記住的東西，各佔幾個位元組，從陣列量出來。"""
     models = [model for model in (agent.actor, agent.critic) if model]
     optimizers = [optimizer for optimizer in (agent.actor_optimizer, agent.critic_optimizer) if optimizer]
-    states = jnp.zeros((1, agent.actor.fc1.in_features))
+    parameters = array_bytes([nnx.state(model, nnx.Param) for model in models])
     return {
-        "parameters": array_bytes([nnx.state(model, nnx.Param) for model in models]),
-        "gradients": array_bytes([gradients(model, states) for model in models]),
+        "parameters": parameters,
+        "gradients": parameters,  # 梯度和參數一樣多
         "moments": array_bytes([nnx.state(optimizer) for optimizer in optimizers]),
         "reference": array_bytes(nnx.state(agent.reference, nnx.Param)) if agent.reference else 0,
     }
@@ -111,6 +98,7 @@ def draw_learning_curve(columns: dict, config, train_target: float, test_target:
             axes.plot(epochs, accuracy, "o-", color=color, label=f"{label}: {accuracy[-1]:.2f} %")
             axes.axhline(target, color=color, linestyle=":", label=f"target: {target} %")
         axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{config.algorithm} on MNIST, groups: {config.group}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="lower right")
 
 
@@ -136,32 +124,32 @@ def draw_mistakes(guesses: np.ndarray, data, out_dir: Path) -> None:
 
 def variants(config) -> dict:
     """--compare 要跑的設定；batch_… 是筆記的群組：一張圖片一個答案，整批互相比較。"""
-    config = replace(config, compare=False, algorithm="grpo", group="batch", baseline="group")
-    supervised = {"group_size": 1, "train_epochs": 1, "clip_epsilon": type(config).clip_epsilon, "beta": 0.0}
-    return {
-        "notes": replace(config, **NOTES_SETTINGS),
-        "default": config,
-        "image_4": replace(config, group="image", group_size=4),
-        "image_16": replace(config, group="image", group_size=16),
-        "ppo": replace(config, algorithm="ppo"),
-        "supervised": replace(config, algorithm="supervised", **supervised),
+    supervised = {"algorithm": "supervised", "group_size": 1, "train_epochs": 1}
+    supervised |= {"clip_epsilon": type(config).clip_epsilon, "beta": 0.0}
+    changes = {
+        "notes": NOTES_SETTINGS,
+        "default": {},
+        "image_4": {"group": "image", "group_size": 4},
+        "image_16": {"group": "image", "group_size": 16},
+        "ppo": {"algorithm": "ppo"},
+        "supervised": supervised,
         # 一批只學一遍，所以輪數乘上 K：更新次數和 default 一樣
-        "supervised_equal": replace(
-            config, algorithm="supervised", **supervised | {"num_epochs": config.num_epochs * config.train_epochs}
-        ),
-        **{f"batch_{size}": replace(config, batch_size=size, group_size=1) for size in BATCH_SIZES},
+        "supervised_equal": supervised | {"num_epochs": config.num_epochs * config.train_epochs},
+        **{f"batch_{size}": {"batch_size": size, "group_size": 1} for size in BATCH_SIZES},
     }
+    return {name: derive(name, config, **changed) for name, changed in changes.items()}
 
 
 @nnx.jit
-def right_probabilities(actor, images: jax.Array, labels: jax.Array) -> jax.Array:
+def label_log_probs(actor, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """每張圖片答對的機率取對數，log π(標籤 | 圖片)，(N,)；圖片是 uint8。"""
     return actor(images / 255).log_prob(labels)
 
 
 def baseline_spreads(actor, data, seed: int) -> dict:
     """固定的策略、一張圖片一個答案：批次的平均獎勵抖動多大，旁邊是公式 √(p(1 - p) / B)。"""
     rng = np.random.default_rng(seed)
-    correct = np.exp(right_probabilities(actor, data.images, data.labels))
+    correct = np.exp(label_log_probs(actor, data.images, data.labels))
     p, spreads = float(correct.mean()), {}
     for size in BATCH_SIZES:
         images = rng.integers(len(correct), size=(SPREAD_BATCHES, size))
@@ -171,19 +159,17 @@ def baseline_spreads(actor, data, seed: int) -> dict:
 
 
 def compare(run, config, train, data) -> None:
-    methods = variants(config)
-
-    def measure(variant) -> dict:
+    def measure(name: str, variant) -> dict:
         result = train(variant, data, run.stop, progress=False)
         if result.interrupted:
             return {}
         measured = {**columns(result.history), "epoch_seconds": result.epoch_seconds}
         measured["memory_bytes"] = memory_bytes(result.agent)
-        if variant == replace(methods["notes"], seed=variant.seed):
+        if name == "notes":
             measured["spreads"] = baseline_spreads(result.agent.actor, data.train, variant.seed)
         return measured
 
-    lesson_extras.compare(run, config, methods, measure, comparison_table, draw_comparison)
+    lesson_extras.compare(run, config, variants(config), measure, comparison_table, draw_comparison)
 
 
 def std_weight(p, group_size: int) -> np.ndarray:
@@ -266,6 +252,7 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
         left.set_title(f"mean and 95 % interval, {len(rows['default']['test_accuracy'])} seeds")
         left.set_yticks([2, 3, 5, 10, 20, 50], labels=["2", "3", "5", "10", "20", "50"])
         left.minorticks_off()
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
         left.legend(title="after the last epoch", loc="upper right", ncols=2, fontsize=9)
         for i, name in enumerate(("supervised", "default", "ppo")):
             left_edge = 0.0

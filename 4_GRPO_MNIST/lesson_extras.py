@@ -39,6 +39,8 @@ def compare(run: Run, config, variants: dict, measure: Callable, table: Callable
     rows 是 {設定: {欄: [一個種子一個值]}}：table(rows) 是 Markdown 表格，draw(rows, out_dir) 畫圖，
     每一種設定至少跑完一個種子才畫。有一次訓練發散了，就說是哪一次；以前完成的照樣存下來。
     """
+    if config.seed != type(config).seed:
+        raise LessonError("--compare 與 --seed 一起用；--compare 跑固定的十個隨機種子，不要寫 --seed", 2)
     rows, done, failure, jobs = {}, 0, None, [(seed, name) for seed in SEEDS for name in variants]
     for seed, name in tqdm(jobs, "比較", unit="次訓練", disable=None):
         try:

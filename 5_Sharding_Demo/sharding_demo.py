@@ -37,9 +37,10 @@ import numpy as np
 import sharding_demo_extras as extras
 from collectives import Collective, read_collectives
 from flax import nnx
+from hosts import check_processes
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llama import ACTIVATIONS, AXES, LLAMAS, WEIGHTS, Llama, axis_sizes, create, cross_entropy
-from sharding_devices import check_processes, progress_bar, side_by_side, start_devices
+from sharding_devices import progress_bar, side_by_side, start_devices
 
 TARGET_DIFFERENCE = 1e-4
 BYTES = 256  # 詞彙表：一個位元組一個詞元
@@ -383,6 +384,7 @@ def main() -> None:
     RUN.save_metrics(config, time.perf_counter() - start, **metrics)
     extras.save_collectives(results, config.out_dir)
     extras.draw(results, metrics["strategies"], config.out_dir, TARGET_DIFFERENCE)
+    extras.remove_old({*RULES, "custom"} - results.keys(), config.out_dir)
     extras.show(results, metrics["strategies"])
     difference = metrics["max_relative_difference"]
     reached = "達標" if difference <= TARGET_DIFFERENCE else "未達標"

@@ -152,6 +152,13 @@ def save_collectives(results: dict, out_dir: Path) -> None:
         lesson.save(out_dir / f"collectives_{name}.txt", f"{lines}\n".encode())
 
 
+def remove_old(strategies: set[str], out_dir: Path) -> None:
+    """這次沒有跑的策略，以前在同一個資料夾留下的圖與通訊：拿掉，免得和新的 metrics.json 混在一起。"""
+    for name in strategies:
+        (out_dir / f"placement_{name}.png").unlink(missing_ok=True)
+        (out_dir / f"collectives_{name}.txt").unlink(missing_ok=True)
+
+
 # 圖 --------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-from hosts import check_processes, connect  # noqa: F401
+from hosts import connect
 from jax.extend import backend
 from tqdm import tqdm
 

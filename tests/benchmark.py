@@ -316,10 +316,10 @@ def run_and_remember(lesson: str, partial: str, *flags: str) -> None:
         fresh = json.loads(json.dumps(stamp(lesson, extras=True)))
         known = record["measured"] if {key: record.get(key) for key in fresh} == fresh else {}
 
-        def remembered(variant) -> dict:
-            settings = json.dumps(vars(variant) | {"out_dir": ""}, default=str)
+        def remembered(name: str, variant) -> dict:
+            settings = json.dumps({"name": name} | vars(variant) | {"out_dir": ""}, default=str)
             if settings not in known:
-                measured = measure(variant)
+                measured = measure(name, variant)
                 if run.stop.is_set():
                     return measured
                 known[settings] = measured

@@ -99,6 +99,18 @@ def test_training_stores_terminations_only():
     assert list(np.flatnonzero(gap > 1e-6)) == [499]  # 第 500 步之後換了回合；重置的那一步沒有存
 
 
+def test_many_environments_do_not_report_the_shortest_episodes():
+    """一百份一起開始，先走完的都是短的回合；亂走的平均回報大約是 22，曲線從頭到尾都不該偏低。"""
+    config = small_config(num_envs=100, epsilon_end=1.0, buffer_size=20_000)
+    collector, buffer = dqn.Collector(config, np.random.default_rng(0)), dqn.ReplayBuffer(20_000)
+    agent = types.SimpleNamespace(q_function=lambda: lambda states: np.zeros((len(states), 2)))
+    means = [collector.collect(agent, buffer, steps) for steps in range(1_000, 12_000, 500)]
+    told = [mean for mean in means if not np.isnan(mean)]
+    assert np.isnan(means[0])  # 還有環境一個回合都沒走完
+    assert len(told) > len(means) / 2
+    assert 16 < min(told) <= max(told) < 27
+
+
 @pytest.mark.parametrize(("target_network", "double"), [(True, False), (False, False), (True, True)])
 def test_train_step_follows_the_gradient_of_its_loss(target_network, double):
     """用一步 SGD 的位移得到梯度，對照有限差分；目標由獨立的 NumPy 程式算出。"""
@@ -556,7 +568,7 @@ def test_default_run_reaches_the_target_and_can_be_watched(call, tmp_path, monke
     status, out, err = call("2_Cart_Pole_DQN", "--watch out/weights.npz --out-dir watched")
     assert (status, err) == (0, "")
     assert out.startswith("沒有螢幕")
-    assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
+    assert (tmp_path / "watched" / "watch.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
     (tmp_path / "broken.npz").write_bytes(b"not weights")
     for flags in ("--watch broken.npz", "--watch out/weights.npz --hidden-size 32"):
         status, _, err = call("2_Cart_Pole_DQN", flags)

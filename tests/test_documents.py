@@ -221,7 +221,7 @@ def test_a_record_is_stale_when_what_measures_changes(monkeypatch, tmp_path):
         return after != before
 
     assert not changed("cart_pole_dqn_extras.py", "does Q run away?", "does it?")
-    assert not changed("lesson_extras.py", "duration=60", "duration=50")
+    assert not changed("lesson_extras.py", "duration=milliseconds", "duration=50")
     assert not changed("cart_pole_dqn.py", "# 8. 主程式", "# 主程式")
     assert changed("cart_pole_dqn_extras.py", "COMPARE_STEPS = 40_000", "COMPARE_STEPS = 50_000")
     assert changed("cart_pole_dqn_extras.py", '"eval_means": float(returns.mean())', '"eval_means": 0.0')

@@ -145,6 +145,7 @@ def test_the_story_is_short_and_the_shared_files_are_equal(lesson):
     assert lines["lesson.py"] <= 130
     shared = [(name, LESSONS[0]) for name in SHARED]
     shared += [(name, "5_Sharding_Demo") for name in ("hosts.py", "collectives.py") if lesson == "6_GRPO_LLM"]
+    shared += [("snapshot.py", "2_Cart_Pole_DQN")] if lesson == "3_Pendulum" else []
     for name, owner in shared:
         first, own = ROOT / owner / name, ROOT / lesson / name
         assert own.read_bytes() == first.read_bytes(), f"cp {first.relative_to(ROOT)} {own.relative_to(ROOT)}"

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lessons import SHORT, load, metrics, run, script
+from PIL import Image
 
 LESSON = "1_Q_Learning"
 JAX_LESSON = "2_Cart_Pole_DQN"
@@ -284,8 +285,8 @@ def test_a_diverging_run_of_a_comparison_is_named_and_the_others_are_kept(tmp_pa
     config = load(LESSON).Config(compare=True, out_dir=tmp_path / "out")
     variants = {"small": config, "large": load(LESSON).Config(alpha=1.0)}
 
-    def measure(variant) -> dict:
-        if variant.alpha == 1 and variant.seed >= diverges:
+    def measure(name: str, variant) -> dict:
+        if name == "large" and variant.seed >= diverges:
             raise lesson.LessonError("損失不是有限的數；把學習率調小再試", 1)
         return {"value": float(variant.seed)}
 
@@ -441,16 +442,13 @@ def test_damaged_weights_are_refused_in_one_sentence(tmp_path):
 
 
 def watched(play, tmp_path, stopped: bool = False):
-    module, before = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), lesson.Run.current
+    module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     lesson_extras.save_weights(tmp_path / "weights.npz", module)
     config = load(JAX_LESSON).Config(watch=tmp_path / "weights.npz", out_dir=tmp_path)
-    running = lesson.Run("test", str(script(LESSON)))  # 成為 Run.current
+    run_now = lesson.Run("test", str(script(LESSON)))
     if stopped:
-        running.stop.set()
-    try:
-        lesson_extras.watch(play, module, config)
-    finally:
-        lesson.Run.current = before
+        run_now.stop.set()
+    lesson_extras.watch(run_now, play, module, config, 50)
 
 
 def test_ctrl_c_ends_watching_at_once(monkeypatch, tmp_path):
@@ -470,7 +468,7 @@ def test_ctrl_c_before_watching_watches_nothing(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         watched(None, tmp_path, stopped=True)
     assert stopped.value.code == 130
-    assert not (tmp_path / "agent.gif").exists()
+    assert not (tmp_path / "watch.gif").exists()
 
 
 def test_a_display_that_is_gone_gives_a_gif(monkeypatch, tmp_path, capsys):
@@ -478,10 +476,12 @@ def test_a_display_that_is_gone_gives_a_gif(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-77")
     monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
     modes = []
-    watched(lambda agent, mode: modes.append(mode) or [np.zeros((4, 4, 3), np.uint8)], tmp_path)
+    frames = [np.full((4, 4, 3), gray, np.uint8) for gray in (0, 255)]
+    watched(lambda agent, mode: modes.append(mode) or frames, tmp_path)
     assert modes == ["rgb_array"]
     assert "沒有螢幕" in capsys.readouterr().out
-    assert (tmp_path / "agent.gif").stat().st_size > 0
+    with Image.open(tmp_path / "watch.gif") as picture:
+        assert picture.info["duration"] == 50
 
 
 def test_weights_are_watched_with_the_flag_they_were_trained_with(tmp_path):

@@ -167,7 +167,7 @@ def test_the_environments_walk_like_gymnasiums():
         np.testing.assert_allclose(next_states, np.stack(infos["final_obs"]) if step % 200 == 0 else after, atol=1e-6)
         returns += their_rewards
         if step % 200 == 0:
-            np.testing.assert_allclose(envs.last_returns, returns, rtol=1e-9)
+            np.testing.assert_allclose(envs.finished[-1], returns, rtol=1e-9)
             returns[:] = 0
     theirs.close()
 
@@ -553,7 +553,7 @@ def test_default_run_reaches_the_target_and_can_be_watched(call, tmp_path, monke
     status, out, err = call(LESSON, "--watch out/weights.npz --out-dir watched")
     assert (status, err) == (0, "")
     assert out.startswith("沒有螢幕")
-    assert (tmp_path / "watched" / "agent.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
+    assert (tmp_path / "watched" / "watch.gif").read_bytes() == (tmp_path / "out" / "agent.gif").read_bytes()
     (tmp_path / "broken.npz").write_bytes(b"not weights")
     for flags in ("--watch broken.npz", "--watch out/weights.npz --hidden-size 32"):
         status, _, err = call(LESSON, flags)
@@ -562,8 +562,10 @@ def test_default_run_reaches_the_target_and_can_be_watched(call, tmp_path, monke
         assert len(err.splitlines()) == 1
 
 
-def test_the_curve_has_a_point_only_where_an_episode_ended():
-    """一次收集只有半個回合：沒有走完的那幾次不記，不把舊的回報寫在新的步數上。"""
-    config = pendulum.Config(num_steps=100, num_envs=2, total_steps=900, minibatch_size=100, train_epochs=1)
-    curve = pendulum.train(config, progress=False).curve
-    assert [step for step, _ in curve] == [400, 800]
+@pytest.mark.parametrize(("num_steps", "total_steps"), [(100, 900), (350, 1_400)])
+def test_the_curve_has_a_point_where_an_episode_ended(num_steps, total_steps):
+    """一次收集是半個回合，或一個多：每一輪回合一個點，站在走完的那一步，不是收集完的那一步。"""
+    sizes = {"num_steps": num_steps, "num_envs": 2, "total_steps": total_steps, "minibatch_size": 100}
+    curve = pendulum.train(pendulum.Config(train_epochs=1, **sizes), progress=False).curve
+    assert [step for step, _ in curve] == list(range(400, total_steps + 1, 400))
+    assert len({value for _, value in curve}) == len(curve)
