@@ -312,7 +312,7 @@ class Result:
     agent: PolicyGradientAgent
     env_steps: int
     curve: list[tuple[int, float]]  # (步數, 在那一步走完的 num_envs 個回合的平均回報)
-    outside_shares: list[float]  # 每個學習階段之後，比例在界線之外的樣本比率
+    clip_fractions: list[float]  # 每個學習階段之後，比例在界線之外的樣本比率
     data_bytes: int  # 學習一次用的資料佔幾個位元組
     seconds: float
     interrupted: bool  # 被 Ctrl-C 提早結束
@@ -325,7 +325,7 @@ def train(config: Config, stop=None, progress: bool = True) -> Result:
     agent = make_agent(config)
     envs = PendulumEnvs(config.num_envs, config.seed)
     buffer = RolloutBuffer()
-    outside_shares, env_steps, data_bytes = [], 0, 0
+    clip_fractions, env_steps, data_bytes = [], 0, 0
     size = config.rollout_size
     total, used = config.total_steps // size * size, size // config.minibatch_size * config.minibatch_size
     with tqdm(total=total, desc="訓練", unit="步", disable=None if progress else True) as bar:
@@ -335,18 +335,18 @@ def train(config: Config, stop=None, progress: bool = True) -> Result:
             batch = buffer.calculate_advantages_and_returns(agent.critic, config)
             samples = Batch(*(x.reshape(size, *x.shape[2:]) for x in batch))
             order = [rng.permutation(size)[:used] for _ in range(config.epochs)]  # 每一遍重新洗牌
-            losses, outside = learn(agent, samples, np.concatenate(order).reshape(-1, config.minibatch_size))
+            losses, clip_fraction = learn(agent, samples, np.concatenate(order).reshape(-1, config.minibatch_size))
             buffer.clear()
             if not np.isfinite(losses).all():
                 raise lesson.LessonError(f"第 {env_steps} 步的損失不是有限的數；把學習率調小再試", 1)
-            outside_shares.append(float(outside))
+            clip_fractions.append(float(clip_fraction))
             data_bytes = extras.array_bytes(batch)
             if envs.finished:
                 bar.set_postfix_str(f"平均回報 {envs.finished[-1].mean():.0f}")
             bar.update(size)
     ends = EPISODE_STEPS * config.num_envs * np.arange(1, len(envs.finished) + 1)  # 每一輪回合在第幾步走完
     curve = [(int(step), float(returns.mean())) for step, returns in zip(ends, envs.finished, strict=True)]
-    return Result(agent, env_steps, curve, outside_shares, data_bytes, time.perf_counter() - start, env_steps < total)
+    return Result(agent, env_steps, curve, clip_fractions, data_bytes, time.perf_counter() - start, env_steps < total)
 
 
 # 7. 評估 ---------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def main() -> None:
     save_weights(config.out_dir / "weights.npz", result.agent)
     RUN.save_metrics(
         config, result.seconds, env_steps=result.env_steps, eval_returns=returns.tolist(), eval_mean=eval_mean,
-        solved=solved, curve=result.curve, outside_shares=result.outside_shares,
+        solved=solved, curve=result.curve, clip_fractions=result.clip_fractions,
         memory_bytes=extras.memory_bytes(result.agent, result.data_bytes),
     )  # fmt: skip
     extras.draw(result, config, eval_mean, TARGET_RETURN, clipped_objective)

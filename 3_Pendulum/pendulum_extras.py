@@ -250,7 +250,7 @@ def compare(run, config, algorithms, train, evaluate, collect, buffer) -> None:
         return (measured if name in algorithms else {}) | {
             "curves": result.curve,
             "eval_means": float(evaluate(result.agent).mean()),
-            "outside_shares": float(np.mean(result.outside_shares)),
+            "clip_fractions": float(np.mean(result.clip_fractions)),
         }
 
     lesson_extras.compare(run, config, variants(config, algorithms), measure, comparison_table, draw_comparison)
@@ -273,7 +273,7 @@ def comparison_table(rows: dict) -> str:
         learnt = show_difference(means, untrained[: len(means)])
         if row.get("gradient_variances"):
             variance = show_mean(relative_variances(rows, name), "{:.3g}")
-        share = show_mean(100 * np.array(row["outside_shares"]))
+        share = show_mean(100 * np.array(row["clip_fractions"]))
         lines.append([f"`{name}`", show_mean(means), f"{min(means):.1f}", difference, learnt, variance, share])
     lines.append(["未訓練", show_mean(untrained), f"{min(untrained):.1f}", *["—"] * 4])
     header = (

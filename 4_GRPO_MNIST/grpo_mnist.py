@@ -244,8 +244,8 @@ class GRPOAgent(nnx.Module):
         def actor_loss_fn(actor):
             if self.algorithm == "supervised":
                 return -jnp.mean(actor(batch.states).log_prob(batch.labels)), 0.0
-            objective, outside = self.actor_objective(actor, batch)
-            return -objective, outside  # 負號：最佳化器只會往下走
+            objective, clip_fraction = self.actor_objective(actor, batch)
+            return -objective, clip_fraction  # 負號：最佳化器只會往下走
 
         def critic_loss_fn(critic):
             return jnp.mean((critic(batch.states) - batch.rewards) ** 2)
@@ -253,9 +253,9 @@ class GRPOAgent(nnx.Module):
         if self.critic:
             grads = nnx.grad(critic_loss_fn)(self.critic)
             self.critic_optimizer.update(self.critic, grads)
-        (loss, outside), grads = nnx.value_and_grad(actor_loss_fn, has_aux=True)(self.actor)
+        (loss, clip_fraction), grads = nnx.value_and_grad(actor_loss_fn, has_aux=True)(self.actor)
         self.actor_optimizer.update(self.actor, grads)
-        return loss, outside
+        return loss, clip_fraction
 
     def learn(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """同一批學 K 遍；回傳每一遍的損失與越界的比率，各 (K,)。"""
@@ -288,13 +288,13 @@ def train_epoch(agent: GRPOAgent, data: mnist.Split, order: jax.Array) -> dict[s
 
     def train_batch(agent, indices):
         batch = agent.rollout(data.images[indices] / 255, data.labels[indices])
-        loss, outside = agent.learn(batch)
+        loss, clip_fraction = agent.learn(batch)
         return agent, {
             "reward": batch.rewards.mean(),  # 也就是採樣的準確率
             "silent": jnp.mean(batch.advantages == 0),  # 優勢是 0 的答案的比率：它們不會推動任何東西
             "residual": jnp.mean((batch.rewards - batch.baseline) ** 2),  # 基線沒有解釋掉的部分
             "loss": loss,
-            "outside": outside,
+            "clip_fraction": clip_fraction,
         }
 
     _, log = nnx.scan(train_batch, in_axes=(nnx.Carry, 0))(agent, order)

@@ -38,17 +38,17 @@ class Epoch(NamedTuple):
     train_accuracy: float  # 訓練時採樣的準確率 (%)，筆記印的數字
     test_accuracy: float  # 這一輪之後，測試集上貪婪的準確率 (%)
     missing_digits: int  # 測試集上一次都不猜的數字有幾個
-    outside_shares: float  # 最後一遍更新之前，比例在界線之外的比率
+    clip_fractions: float  # 最後一遍更新之前，比例在界線之外的比率
     silent_shares: float  # 優勢是 0 的答案的比率
     residuals: float  # 平均 (獎勵 - 基線)² 除以獎勵的變異數；1 是什麼都沒解釋
 
 
 def summarize(log: dict[str, np.ndarray], test_accuracy: float, missing_digits: int) -> Epoch:
-    """log 是 train_epoch 的紀錄，第一維是批次，loss 與 outside 的第二維是第幾遍。"""
+    """log 是 train_epoch 的紀錄，第一維是批次，loss 與 clip_fraction 的第二維是第幾遍。"""
     accuracy = float(log["reward"].mean())
     residual = float(log["residual"].mean()) / max(accuracy * (1 - accuracy), 1e-12)
-    outside, silent = float(log["outside"][:, -1].mean()), float(log["silent"].mean())
-    return Epoch(100 * accuracy, test_accuracy, missing_digits, outside, silent, residual)
+    clip_fraction, silent = float(log["clip_fraction"][:, -1].mean()), float(log["silent"].mean())
+    return Epoch(100 * accuracy, test_accuracy, missing_digits, clip_fraction, silent, residual)
 
 
 def remarks(last: Epoch, config) -> list[str]:
@@ -216,8 +216,8 @@ def comparison_table(rows: dict) -> str:
             size = int(name.removeprefix("batch_"))
             batches.append([f"{size:,}", *(f"{x:.4f}" for x in spreads), *accuracies, seconds])
             continue
-        outside = np.mean(row["outside_shares"], axis=1)
-        shares = [show_mean(100 * x) for x in (last(row, "residuals"), last(row, "silent_shares"), outside)]
+        clip_fraction = np.mean(row["clip_fractions"], axis=1)
+        shares = [show_mean(100 * x) for x in (last(row, "residuals"), last(row, "silent_shares"), clip_fraction)]
         if name.startswith("supervised"):  # 沒有優勢，也沒有比例
             shares = ["—"] * 3
         methods.append([f"`{name}`", *accuracies, *shares, seconds])

@@ -218,11 +218,11 @@ def test_with_one_pass_the_clip_does_nothing():
 
     np.testing.assert_allclose(*gradients(), atol=1e-5)
     assert np.abs(gradients()[1]).max() > 1e-3
-    _, outside = train_actor(agent, batch)
-    assert outside == 0
+    _, clip_fraction = train_actor(agent, batch)
+    assert clip_fraction == 0
     assert np.abs(np.subtract(*gradients())).max() > 1e-3
-    _, outside = train_actor(agent, batch)
-    assert outside > 0
+    _, clip_fraction = train_actor(agent, batch)
+    assert clip_fraction > 0
 
 
 def test_the_moving_average_is_used_before_it_is_updated():
@@ -452,7 +452,7 @@ def test_each_epoch_sees_every_image_once_and_counts_are_right(data, monkeypatch
     seen, decays, make_optimizer = [], [], grpo.make_optimizer
     log = {
         "reward": np.array([0.5, 0.7]), "silent": np.array([0.0, 0.5]), "residual": np.array([0.1, 0.2]),
-        "loss": np.zeros((2, 3)), "outside": np.array([[0.0, 0.2, 0.4], [0.0, 0.2, 0.6]]),
+        "loss": np.zeros((2, 3)), "clip_fraction": np.array([[0.0, 0.2, 0.4], [0.0, 0.2, 0.6]]),
     }  # fmt: skip
     monkeypatch.setattr(grpo, "train_epoch", lambda agent, data, order: seen.append(order) or log)
     monkeypatch.setattr(grpo, "make_optimizer", lambda *args: decays.append(args[1]) or make_optimizer(*args))
@@ -464,7 +464,7 @@ def test_each_epoch_sees_every_image_once_and_counts_are_right(data, monkeypatch
     assert columns["train_accuracy"] == pytest.approx([60, 60])
     assert columns["silent_shares"] == [0.25] * 2
     assert columns["residuals"] == pytest.approx([0.15 / 0.24] * 2)
-    assert columns["outside_shares"] == pytest.approx([0.5] * 2)  # 最後一遍
+    assert columns["clip_fractions"] == pytest.approx([0.5] * 2)  # 最後一遍
     assert result.env_steps == 2 * 400 * 4
     assert decays == [2 * 2 * 3]  # 學習率照這份資料真正的更新次數下降，不是 60,000 張的
 
@@ -491,12 +491,12 @@ def test_the_log_of_an_epoch_is_that_of_its_batches(data):
     log = grpo.train_epoch(grpo.make_agent(config, 512), subset, order)
     agent = grpo.make_agent(config, 512)
     batch = rollout(agent, subset.images[:64] / 255, subset.labels[:64])
-    outside = [float(train_actor(agent, batch)[1]) for _ in range(3)]
+    clip_fraction = [float(train_actor(agent, batch)[1]) for _ in range(3)]
     rewards = np.asarray(batch.rewards)
     assert float(log["reward"][0]) == pytest.approx(rewards.mean())
     assert float(log["silent"][0]) == pytest.approx((rewards[0] == rewards[1]).mean())
     assert float(log["residual"][0]) == pytest.approx(rewards.var(axis=0).mean())
-    np.testing.assert_allclose(log["outside"][0], outside, atol=0.02)
+    np.testing.assert_allclose(log["clip_fraction"][0], clip_fraction, atol=0.02)
     assert log["loss"].shape == (2, 3)
 
 

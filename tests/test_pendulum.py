@@ -294,15 +294,15 @@ def test_an_update_raises_the_objective():
     assert np.mean((agent.critic(batch.states) - batch.returns) ** 2) < before[1]
 
 
-def test_outside_share_counts_ratios_beyond_the_bounds():
+def test_the_clip_fraction_counts_ratios_beyond_the_bounds():
     config = small_config(train_epochs=10, actor_learning_rate=0.05, total_steps=400)
     agent, buffer = collect_once(config)
     batch = buffer.calculate_advantages_and_returns(agent.critic, config)
     samples = jax.tree.map(lambda x: np.reshape(x, (400, *x.shape[2:])), batch)
-    _, outside = pendulum.learn(agent, samples, np.arange(384).reshape(-1, 64))
+    _, clip_fraction = pendulum.learn(agent, samples, np.arange(384).reshape(-1, 64))
     ratio = np.exp(np.asarray(agent.actor(samples.states).log_prob(samples.actions)) - samples.log_probs)
-    assert float(outside) == pytest.approx(np.mean((ratio < 0.8) | (ratio > 1.2)), abs=2 / 400)
-    assert outside > 0
+    assert float(clip_fraction) == pytest.approx(np.mean((ratio < 0.8) | (ratio > 1.2)), abs=2 / 400)
+    assert clip_fraction > 0
 
 
 def test_evaluation_starts_cover_every_cell_once():
