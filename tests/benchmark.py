@@ -148,8 +148,10 @@ def run_once(lesson: str, flags: str, out_dir: Path, env: dict[str, str] | None 
     }
 
 
-def run_seeds(lesson: str, flags: str = "", workers: int = 1, env: dict[str, str] | None = None) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+def run_seeds(lesson: str, flags: str) -> list[dict]:
+    """兩個行程一起跑；編譯過的程式在它們之間共用。"""
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        env = environment()
         jobs = [
             pool.submit(run_once, lesson, f"{flags} --seed {seed}", Path(folder) / str(seed), env) for seed in SEEDS
         ]
@@ -378,7 +380,7 @@ def benchmark_trials(lesson: str, write: bool) -> None:
     missing = [(name, flags) for name, flags in rows if flags not in record["runs"]]
     announce(f"{lesson} 的試驗", trials_seconds(lesson))
     for name, flags in missing:
-        runs = default_runs(lesson, flags) or run_seeds(lesson, flags, workers=2, env=environment())
+        runs = default_runs(lesson, flags) or run_seeds(lesson, flags)
         keys = ("seed", *RESULTS[lesson], *CONSTANTS.get(lesson, {}))
         record["runs"][flags] = [{key: run[key] for key in keys} for run in runs]
         print(name, flags, [list(run.values()) for run in record["runs"][flags]], flush=True)

@@ -59,20 +59,19 @@ def column(buffer, name):
 # TD 目標與損失
 
 
-@given(hnp.arrays(np.float64, (6, 3), elements=finite), hnp.arrays(bool, (2, 6)), st.floats(0, 1))
-def test_td_target_equals_the_definition_written_out(next_q, ends, gamma):
-    """終止不 bootstrap，截斷 bootstrap：目標只看終止。"""
-    terminated, truncated = ends
+@given(hnp.arrays(np.float64, (6, 3), elements=finite), hnp.arrays(bool, 6), st.floats(0, 1))
+def test_td_target_equals_the_definition_written_out(next_q, terminated, gamma):
+    """終止不 bootstrap，其餘 bootstrap；截斷的那一步存成不終止，見 test_training_stores_terminations_only。"""
     rewards = np.arange(6.0)
     targets = dqn.td_target(rewards, terminated, next_q, gamma)
     for i in range(6):
         expected = rewards[i]
-        if not terminated[i]:  # 被截斷的那一步 (truncated[i]) 也在這裡：照樣 bootstrap
+        if not terminated[i]:
             best = next_q[i][0]
             for value in next_q[i]:
                 best = max(best, value)
             expected += gamma * best
-        assert targets[i] == pytest.approx(expected), f"truncated: {truncated[i]}"
+        assert targets[i] == pytest.approx(expected)
 
 
 def test_the_worked_example_of_the_readme():
@@ -453,7 +452,7 @@ def test_a_comparison_in_which_no_episode_ends_is_drawn_without_warnings(tmp_pat
     assert (tmp_path / "comparison.png").stat().st_size > 0
 
 
-def test_a_training_cut_short_is_no_row(tmp_path, monkeypatch):
+def test_a_training_cut_short_is_no_row(tmp_path):
     stop = threading.Event()
     stop.set()
     run_now = types.SimpleNamespace(stop=stop, require_learnt=lambda learnt: sys.exit(f"learnt: {learnt}"))

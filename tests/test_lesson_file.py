@@ -281,7 +281,7 @@ def test_an_interrupt_before_anything_is_learnt_writes_nothing(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_diverging_run_of_a_comparison_is_named_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
+def test_a_diverging_run_of_a_comparison_is_named_and_the_others_are_kept(tmp_path, capsys):
     config = load(LESSON).Config(compare=True, out_dir=tmp_path / "out")
     variants = {"small": config, "large": load(LESSON).Config(alpha=1.0)}
 

@@ -186,13 +186,6 @@ def test_neighbouring_seeds_share_no_start():
     np.testing.assert_array_equal([tuple(start) for start in again.physics.state.T], starts[:16])
 
 
-def test_clear_empties_the_buffer():
-    _, buffer = collect_once(small_config())
-    assert len(buffer) == 200
-    buffer.clear()
-    assert len(buffer) == 0
-
-
 def test_each_rung_of_the_staircase_turns_one_switch():
     stairs = [rung for name, rung in pendulum.ALGORITHMS.items() if name != "bad_baseline"]
     for below, above in [*itertools.pairwise(stairs[:-1]), (stairs[-3], stairs[-1])]:
