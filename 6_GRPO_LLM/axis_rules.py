@@ -1,4 +1,7 @@
-"""Mesh 與規則手冊，和第 5 課一樣：邏輯軸 → 規則 → Mesh 軸。名字都與第 5 課相同，說明在第 5 課。"""
+"""Mesh 與規則手冊，和第 5 課一樣：邏輯軸 → 規則 → Mesh 軸；說明在第 5 課。
+
+名字相同的函式做同樣的事，參數不一定相同；parse_rules 另外把沒寫到的軸補上 (不切)，check_rules 另外檢查切得平不平均。
+"""
 
 import contextlib
 import itertools
@@ -10,8 +13,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from flax import nnx
-from flax.core.spmd import get_logical_axis_rules
-from hosts import check_processes, connect  # noqa: F401
+from flax.core.spmd import get_pspec
+from hosts import connect
 from jax.extend import backend
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -44,14 +47,9 @@ ACTIVATIONS = {
 AXES = tuple(dict.fromkeys(axis for axes in [*WEIGHTS.values(), *ACTIVATIONS.values()] for axis in axes if axis))
 
 
-def translate(axes: tuple[str | None, ...], rules: dict) -> PartitionSpec:
-    """邏輯軸 → 規則手冊 → 每個維度切在哪個 Mesh 軸上；None 表示不切。"""
-    return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
-
-
-def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """PartitionSpec 的一個項目是一個軸、幾個軸或 None；一律寫成幾個軸。"""
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+def mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """一條規則的目標是一個軸、幾個軸或 None；一律寫成幾個軸。"""
+    return target if isinstance(target, tuple) else (target,) if target else ()
 
 
 def parse_mesh(mesh: str) -> dict[str, int]:
@@ -142,8 +140,8 @@ def rule_book(mesh: Mesh, rules: dict) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """告訴編譯器這個中間結果要怎麼切；其餘的由它推論。"""
-    return jax.lax.with_sharding_constraint(x, translate(ACTIVATIONS[name], dict(get_logical_axis_rules())))
+    """告訴編譯器這個中間結果要怎麼切；其餘的由它推論。get_pspec 是 Flax 自己的 translate，查現在的規則手冊。"""
+    return jax.lax.with_sharding_constraint(x, get_pspec(ACTIVATIONS[name]))
 
 
 def place(module) -> None:
@@ -159,8 +157,7 @@ def replicate(tree):
 
 def distribute(array: np.ndarray, *axes: str | None) -> jax.Array:
     """主機上的陣列 → 照規則手冊切好的陣列；每個行程只放自己的裝置要的那幾塊。要在 rule_book 裡呼叫。"""
-    spec = translate(axes, dict(get_logical_axis_rules()))
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    sharding = NamedSharding(jax.sharding.get_mesh(), get_pspec(axes))
     return jax.make_array_from_callback(array.shape, sharding, lambda block: array[block])
 
 

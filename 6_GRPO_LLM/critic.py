@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from model import Transformer
-from pretraining import make_keys
 
 
-def make_critic(config, base: Transformer) -> Transformer:
+def make_critic(config, base: Transformer, key: jax.Array) -> Transformer:
     """和演員一樣大，從基礎模型開始；只有輸出層是新的，輸出一個數。"""
-    critic, (_, critic_key, _) = nnx.clone(base), make_keys(config.seed)
-    fresh = Transformer(config, nnx.Rngs(critic_key), outputs=1)
+    critic, fresh = nnx.clone(base), Transformer(config, nnx.Rngs(key), outputs=1)
     critic.fc_out = fresh.fc_out
     return critic
 

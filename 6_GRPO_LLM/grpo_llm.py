@@ -18,11 +18,10 @@ import lesson
 
 RUN = lesson.Run(__name__, __file__)  # 從這裡開始計時，Ctrl-C 也從這裡開始有人接
 
-import functools
 import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -35,6 +34,7 @@ import numpy as np
 import task
 from axis_rules import constrain, distribute, replicate
 from flax import nnx
+from hosts import check_processes
 from model import Transformer, answer_log_probs, answer_outputs
 from pretraining import check_finite, make_keys, make_optimizer, pretrain, pretrain_steps, text_loss
 from task import ANSWER_LENGTH, PROMPT_LENGTH, Problems
@@ -94,7 +94,7 @@ class Config:
             raise ValueError("--group-size 是 1；一個答案沒有對象可比，至少要 2")
         if self.algorithm != "grpo" and (self.dynamic_sampling or self.loss_average == "dr_grpo"):
             raise ValueError(f"--algorithm {self.algorithm} 沒有群組；--dynamic-sampling 與 dr_grpo 只給 grpo 用")
-        axis_rules.check_processes(self)
+        check_processes(self)
         mesh = axis_rules.parse_mesh("2x1" if self.mesh == "auto" else self.mesh)
         axis_rules.check_rules(axis_rules.parse_rules(self.rules), mesh, extras.axis_sizes(self))
         extras.check_experiments(self)
@@ -194,16 +194,15 @@ def sample(actor: Transformer, prompts: jax.Array, key: jax.Array, group_size: i
     positions = jnp.arange(PROMPT_LENGTH + ANSWER_LENGTH)
     cache, logits = jax.lax.scan(lambda cache, step: read(cache, *step), cache, (positions[:PROMPT_LENGTH], prompts.T))
     cache, logits = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0) if x.ndim else x, (cache, logits[-1]))
-    start = cache, logits, jnp.zeros(len(logits), bool)
     steps = positions[PROMPT_LENGTH:], jax.random.split(key, ANSWER_LENGTH)
-    _, (answers, log_probs) = jax.lax.scan(write, start, steps)
+    _, (answers, log_probs) = jax.lax.scan(write, (cache, logits, jnp.zeros(len(logits), bool)), steps)
     return answers.T, log_probs.T
 
 
 class GRPOAgent(nnx.Module):
     """演員與它的最佳化器；β > 0 多一個凍結的參考模型，ppo 多一個評論家。"""
 
-    def __init__(self, config: Config, base: Transformer):
+    def __init__(self, config: Config, base: Transformer, critic_key: jax.Array):
         self.algorithm, self.group_size, self.gae_lambda = config.algorithm, config.group_size, config.gae_lambda
         self.loss_average, self.reward = config.loss_average, config.reward
         self.clip_epsilon, self.beta = config.clip_epsilon, config.beta
@@ -212,7 +211,7 @@ class GRPOAgent(nnx.Module):
         tx = make_optimizer(config.learning_rate, steps)
         self.actor_optimizer = nnx.Optimizer(self.actor, tx, wrt=nnx.Param)
         self.reference = nnx.clone(base) if config.beta > 0 else None
-        self.critic = critic.make_critic(config, base) if config.algorithm == "ppo" else None
+        self.critic = critic.make_critic(config, base, critic_key) if config.algorithm == "ppo" else None
         tx = make_optimizer(config.critic_learning_rate, steps)
         self.critic_optimizer = nnx.Optimizer(self.critic, tx, wrt=nnx.Param) if self.critic else None
 
@@ -232,21 +231,22 @@ class GRPOAgent(nnx.Module):
         return Batch(tokens, mask, log_probs, reference, rewards, advantages, returns)
 
     def actor_objective(self, actor: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """要最大化的目標，arXiv 2402.03300 式 (3)；以及比例越界的詞元有多少。"""
-        log_probs = answer_log_probs(actor, batch.tokens)
+        """要最大化的目標，arXiv 2402.03300 式 (3)；以及比例越界的詞元有多少。句點之後的比例當作 1，才不會溢位。"""
+        log_probs = jnp.where(batch.mask > 0, answer_log_probs(actor, batch.tokens), batch.log_probs)
         ratio = jnp.exp(log_probs - batch.log_probs)
         objective = clipped_objective(ratio, batch.advantages, self.clip_epsilon)
         if self.beta > 0:
-            objective -= self.beta * kl_estimate(log_probs, batch.reference_log_probs)
-        outside = (jnp.abs(ratio - 1) > self.clip_epsilon).astype(jnp.float32)
-        return average(objective, batch.mask, self.loss_average), average(outside, batch.mask, "dapo")
+            reference = jnp.where(batch.mask > 0, batch.reference_log_probs, log_probs)
+            objective -= self.beta * kl_estimate(log_probs, reference)
+        clipped = (jnp.abs(ratio - 1) > self.clip_epsilon).astype(jnp.float32)
+        return average(objective, batch.mask, self.loss_average), average(clipped, batch.mask, "dapo")
 
     def train_actor(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """更新一次；回傳損失，以及更新之前比例越界的比率。"""
 
         def actor_loss_fn(actor):
-            objective, outside = self.actor_objective(actor, batch)
-            return -objective, outside  # 負號：最佳化器只會往下走
+            objective, clip_fraction = self.actor_objective(actor, batch)
+            return -objective, clip_fraction  # 負號：最佳化器只會往下走
 
         def critic_loss_fn(critic):
             error = answer_outputs(critic, batch.tokens)[..., 0] - batch.returns
@@ -254,9 +254,12 @@ class GRPOAgent(nnx.Module):
 
         if self.critic:
             self.critic_optimizer.update(self.critic, nnx.grad(critic_loss_fn)(self.critic))
-        (loss, outside), grads = nnx.value_and_grad(actor_loss_fn, has_aux=True)(self.actor)
+        (loss, clip_fraction), grads = nnx.value_and_grad(actor_loss_fn, has_aux=True)(self.actor)
         self.actor_optimizer.update(self.actor, grads)
-        return loss, outside
+        return loss, clip_fraction
+
+
+build_agent = nnx.jit(GRPOAgent, static_argnums=0)  # 種子不同、其餘相同的 config 共用：--compare 一種設定只編譯一次
 
 
 # 6. 訓練：預訓練，然後一批一批地收集與學習 -----------------------------------------------------------
@@ -277,24 +280,22 @@ class Result:
 def collect(agent: GRPOAgent, prompts: jax.Array, sums: jax.Array, key: jax.Array) -> tuple[Batch, dict]:
     """收集編譯成一次呼叫：採樣、給分、算優勢；附上這一批的紀錄。"""
     batch = agent.rollout(prompts, sums, key)
-    silent = jnp.all(batch.advantages.reshape(len(prompts), -1) == 0, axis=1)
-    stepwise = jnp.any((batch.tokens == task.COMMA)[:, PROMPT_LENGTH:] & (batch.mask > 0), axis=1)
+    stepwise = jnp.any(batch.tokens[:, PROMPT_LENGTH:] == task.COMMA, axis=1)
+    silent = extras.silent_groups(batch, len(prompts))
     log = {"reward": batch.rewards, "length": batch.mask.sum(axis=1), "step_by_step": stepwise, "silent": silent}
-    return batch, {name: jnp.mean(values, dtype=jnp.float32) for name, values in log.items()}
+    means = {name: jnp.mean(values, dtype=jnp.float32) for name, values in log.items()}
+    return batch, means | {"tokens": batch.mask.sum()}
 
 
-@functools.partial(nnx.jit, static_argnames="train_epochs")
+@nnx.jit(static_argnames="train_epochs")
 def learn(agent: GRPOAgent, batch: Batch, train_epochs: int) -> dict:
     """一個學習階段編譯成一次呼叫：同一批學 K 遍，然後丟棄。"""
-    one_pass, axes = lambda agent: (agent, agent.train_actor(batch)), (nnx.Carry, 0)
-    losses, outside = nnx.scan(one_pass, length=train_epochs, in_axes=nnx.Carry, out_axes=axes)(agent)[1]
-    return {"loss": losses.mean(), "outside": outside[-1]}
 
+    def one_pass(agent):
+        return agent, agent.train_actor(batch)
 
-def on_mesh(config: Config):
-    """with on_mesh(config)：裡面的權重、快取與批次都照 config 的規則手冊切。"""
-    rules = axis_rules.parse_rules(config.rules)
-    return axis_rules.rule_book(axis_rules.make_mesh(config.mesh, rules, extras.axis_sizes(config)), rules)
+    losses, clipped = nnx.scan(one_pass, length=train_epochs, in_axes=nnx.Carry, out_axes=(nnx.Carry, 0))(agent)[1]
+    return {"loss": losses.mean(), "clip_fraction": clipped[-1]}
 
 
 def one_update(agent: GRPOAgent, problems: Problems, config: Config, key: jax.Array, seconds: dict) -> dict:
@@ -306,17 +307,16 @@ def one_update(agent: GRPOAgent, problems: Problems, config: Config, key: jax.Ar
         seconds["learn"] += time.perf_counter() - start
         return log
     batch, log = collect(agent, *problems.prompts(config.num_prompts), key)
-    tokens = float(log["length"]) * config.rows
     for i in range(1, SAMPLING_ROUNDS if config.dynamic_sampling else 1):
         if not extras.silent_groups(batch, config.num_prompts).any():
             break
         another_key = jax.random.fold_in(key, ANSWER_LENGTH + i)  # 前 ANSWER_LENGTH 支給了第一次採樣的詞元
         more, more_log = collect(agent, *problems.prompts(config.num_prompts), another_key)
         batch = extras.keep_live(batch, more, config.num_prompts)
-        tokens += float(more_log["length"]) * config.rows
+        log["tokens"] += more_log["tokens"]  # 換掉的也採樣了
+    log = {name: float(value) for name, value in log.items()}  # 數字讀得到，採樣才真的做完了
     collected = time.perf_counter()
-    log |= learn(agent, batch, config.train_epochs)
-    log = {name: float(value) for name, value in log.items()} | {"tokens": tokens}
+    log |= {name: float(value) for name, value in learn(agent, batch, config.train_epochs).items()}
     seconds["sample"] += collected - start
     seconds["learn"] += time.perf_counter() - collected
     return log
@@ -324,15 +324,15 @@ def one_update(agent: GRPOAgent, problems: Problems, config: Config, key: jax.Ar
 
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True, base=None) -> Result:
     """預訓練 (給了 base 就不用)，再照 config 訓練；stop 被設定時停在兩個階段之間。損失變成 NaN 就丟出 LessonError。"""
-    with on_mesh(config):
+    with extras.on_mesh(config):
         start = time.perf_counter()
         if config.base:
-            base = extras.load_base(config, Transformer)
+            base = extras.load_base(config)
         base, losses = (base, []) if base else pretrain(config, stop, progress)
-        agent = nnx.jit(lambda base: GRPOAgent(config, base))(base)
+        _, critic_key, sample_key = make_keys(config.seed)
+        agent = build_agent(replace(config, seed=0), base, critic_key)
         seconds = {"pretrain": time.perf_counter() - start, "sample": 0.0, "learn": 0.0}
         result, problems = Result(base, agent, losses, seconds=seconds), Problems([config.seed, 1])
-        *_, sample_key = make_keys(config.seed)
         with tqdm(total=config.updates, desc="訓練", unit="次", disable=None if progress else True) as bar:
             while result.updates < config.updates and not (stop and stop.is_set()):
                 key = jax.random.fold_in(sample_key, result.updates)
@@ -357,18 +357,17 @@ def write_answers(actor: Transformer, prompts: jax.Array, key: jax.Array, greedy
 
 def evaluate(actor: Transformer, config: Config) -> dict:
     """固定的測試題：貪婪的一個答案、採樣的許多答案，以及預訓練的文字上的損失；亂數與隨機種子無關。"""
-    problems, correct, texts = Problems(0), [], []
+    problems, correct, written = Problems(0), [], []
     prompts, sums = task.make_prompts(problems.test)
-    with on_mesh(config):
+    with extras.on_mesh(config):
         many = np.repeat(np.arange(PASS_PROMPTS), PASS_SAMPLES).reshape(-1, len(prompts))
         for i, chosen in enumerate([np.arange(len(prompts)), *many]):  # 第一批是貪婪的
             key, rows = jax.random.key(i, impl="rbg"), distribute(prompts[chosen], "batch", None)
-            answers = np.asarray(write_answers(actor, rows, key, i == 0))
-            correct.append(np.asarray(task.calculate_rewards(answers, sums[chosen], "exact")))
-            texts.append(answers)
+            written.append(np.asarray(write_answers(actor, rows, key, i == 0)))
+            correct.append(np.asarray(task.calculate_rewards(written[i], sums[chosen], "exact")))
         loss = text_loss(actor, problems.test_texts(*config.text_rows(len(prompts))))
-    greedy, sampled = correct[0], np.concatenate(correct[1:]).reshape(PASS_PROMPTS, PASS_SAMPLES)
-    return extras.summarize(prompts, texts, greedy, sampled) | {"language_model_loss": float(loss)}
+    sampled = np.concatenate(correct[1:]).reshape(PASS_PROMPTS, PASS_SAMPLES)
+    return extras.summarize(prompts, np.concatenate(written[1:]), correct[0], sampled, float(loss))
 
 
 # 8. 主程式 -------------------------------------------------------------------------------------------
@@ -379,14 +378,16 @@ def main() -> None:
     axis_rules.start_devices(config)
     lesson.find_devices()
     if config.measure != "none":
-        return extras.measure(RUN, config, on_mesh, GRPOAgent, collect, learn, sample)
+        return extras.measure(RUN, config, build_agent, collect, learn, sample)
     if config.compare:
         return extras.compare(RUN, config, train, evaluate)
     result = train(config, RUN.stop)
     RUN.require_learnt(result.updates)
     base, trained = evaluate(result.base, config), evaluate(result.agent.actor, config)
-    if not extras.save(RUN, config, result, base, trained):  # 檔案與畫面交給第 0 個行程
-        return
+    whole = [axis_rules.gather(model) for model in (result.base, result.agent.actor)]  # 每個行程都要一起做
+    if jax.process_index() > 0:
+        return  # 檔案與畫面交給第 0 個行程
+    extras.save(RUN, config, result, whole, base, trained)
     extras.draw(result, config, base, trained)
     print(extras.describe(base, trained, result.curve))
     reached = trained["greedy"] >= GREEDY_TARGET and trained["sampled"] >= SAMPLED_TARGET

@@ -3,7 +3,6 @@
 import functools
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import axis_rules
@@ -13,10 +12,23 @@ import measurements
 import numpy as np
 import task
 from flax import nnx
+from matplotlib.ticker import MaxNLocator
 from measurements import cost_table, ledger_table, strategy_table  # noqa: F401  README 的表格都從這個檔案畫
+from model import Transformer
 
 import lesson_extras
-from lesson_extras import draw_error, draw_mean, figure, interval, markdown_table, show_difference, show_mean
+from lesson_extras import (
+    array_bytes,
+    derive,
+    draw_error,
+    draw_mean,
+    figure,
+    interval,
+    markdown_table,
+    refuse_changed,
+    show_difference,
+    show_mean,
+)
 
 PASS_KS = (1, 2, 4, 8, 16, 32)
 SHOWN_PROMPTS, SHOWN_ANSWERS = 3, 4
@@ -37,11 +49,10 @@ def axis_sizes(config) -> list[tuple[str, int]]:
     return [*sizes.items(), *(("batch", size) for size in batches)]
 
 
-def refuse_changed(config, because: str, names: tuple[str, ...]) -> None:
-    """because 用不到或自己決定這些旗標，所以要是預設值；不是就丟出 ValueError。"""
-    for name in names:
-        if getattr(config, name) != type(config).__dataclass_fields__[name].default:
-            raise ValueError(f"{because} 配上 --{name.replace('_', '-')}；這時用不到它，或由 {because} 決定，不要寫")
+def on_mesh(config):
+    """with on_mesh(config)：裡面的權重、快取與批次都照 config 的規則手冊切。"""
+    rules = axis_rules.parse_rules(config.rules)
+    return axis_rules.rule_book(axis_rules.make_mesh(config.mesh, rules, axis_sizes(config)), rules)
 
 
 def check_experiments(config) -> None:
@@ -56,24 +67,23 @@ def check_experiments(config) -> None:
     if config.compare and config.measure != "none":
         raise ValueError(f"--compare 配上 --measure {config.measure}；一次只能做一樣")
     if config.measure != "none":
-        measurements.variants(config)
+        measurements.check(config)
     if config.compare and config.coordinator:
         raise ValueError("--compare 配上 --coordinator；--compare 在一個行程裡跑，不要寫 --coordinator")
     if config.compare:
         variants(config)
 
 
-def load_base(config, model_class):
+def load_base(config) -> Transformer:
     """--base 的權重，照規則手冊放好。"""
-
-    model = nnx.jit(lambda: model_class(config, nnx.Rngs(0)))()
+    model = nnx.jit(lambda: Transformer(config, nnx.Rngs(0)))()
     lesson_extras.load_weights(config.base, model, "--base")
     axis_rules.place(model)
     return model
 
 
 def measure(run, config, *functions) -> None:
-    measurements.measure(run, config, measurements.Story(*functions))
+    measurements.measure(run, config, measurements.Story(on_mesh, *functions))
 
 
 # 動態採樣 --------------------------------------------------------------------------------------------
@@ -93,12 +103,13 @@ def keep_live(batch, more, groups: int):
 
 
 def supervised_log(losses: jax.Array, texts) -> dict:
-    """--algorithm supervised 的紀錄：沒有採樣，長度與逐步作答的比率是文字自己的；reward、silent、outside 只是佔位。"""
-    masks = [np.asarray(task.answer_mask(part[..., task.PROMPT_LENGTH :])) for part in texts]
-    rows, tokens = sum(mask[..., 0].size for mask in masks), float(sum(mask.sum() for mask in masks))
-    stepwise = sum(mask[..., 0].size for mask in masks if mask.shape[-1] == task.ANSWER_LENGTH)
-    log = {"reward": 1.0, "length": tokens / rows, "step_by_step": stepwise / rows, "silent": 0.0}
-    return log | {"loss": float(losses.mean()), "outside": 0.0, "tokens": tokens}
+    """--algorithm supervised 的紀錄：沒有採樣，長度與逐步作答的比率是文字的；reward、silent、clip_fraction 佔位。"""
+    masks = [task.answer_mask(part[..., task.PROMPT_LENGTH :]) for part in texts]
+    tokens = float(sum((mask > 0).sum() for mask in masks))  # 用整數加：float32 只數得清到一千六百多萬
+    rows = {mask.shape[-1]: math.prod(mask.shape[:-1]) for mask in masks}  # 答案的長度 → 幾段
+    stepwise = rows.get(task.ANSWER_LENGTH, 0) / sum(rows.values())
+    log = {"reward": 1.0, "length": tokens / sum(rows.values()), "step_by_step": stepwise, "silent": 0.0}
+    return log | {"loss": float(losses.mean()), "clip_fraction": 0.0, "tokens": tokens}
 
 
 # 摘要 ------------------------------------------------------------------------------------------------
@@ -115,16 +126,14 @@ def percent(values: np.ndarray) -> float | None:
     return 100 * float(np.mean(values)) if len(values) else None
 
 
-def summarize(prompts: np.ndarray, answers: list[np.ndarray], greedy: np.ndarray, sampled: np.ndarray) -> dict:
-    """測試題的數字：answers[0] 是貪婪的，其餘是採樣的；greedy (題,) 與 sampled (題, n) 是對錯。"""
-    written, right = np.concatenate(answers[1:]), sampled.reshape(-1)
-    mask = np.asarray(task.answer_mask(written))
-    stepwise = ((written == task.COMMA) & (mask > 0)).any(axis=1)
+def summarize(prompts: np.ndarray, written: np.ndarray, greedy: np.ndarray, sampled: np.ndarray, loss: float) -> dict:
+    """測試題的數字：written 是採樣的答案；greedy (題,) 與 sampled (題, n) 是對錯；loss 是預訓練的文字上的損失。"""
+    right, stepwise = sampled.reshape(-1), (written == task.COMMA).any(axis=1)
     shown = written.reshape(*sampled.shape, -1)[:SHOWN_PROMPTS, :SHOWN_ANSWERS]
     return {
         "greedy": percent(greedy),
         "sampled": percent(right),
-        "length": float(mask.sum(axis=1).mean()),
+        "length": float(np.asarray(task.answer_mask(written)).sum(axis=1).mean()),
         "step_by_step": percent(stepwise),
         "right_direct": percent(right[~stepwise]),
         "right_step_by_step": percent(right[stepwise]),
@@ -134,17 +143,12 @@ def summarize(prompts: np.ndarray, answers: list[np.ndarray], greedy: np.ndarray
             task.decode(prompt): [[task.decode(answer), bool(ok)] for answer, ok in zip(rows, marks, strict=False)]
             for prompt, rows, marks in zip(prompts, shown, sampled, strict=False)
         },
+        "language_model_loss": loss,
     }
-
-
-def array_bytes(tree) -> int:
-    """所有陣列一共幾個位元組；純量 (例如最佳化器數步數的那一個) 不算。"""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
 def memory_bytes(agent) -> dict[str, int]:
     """訓練時要記住的東西，整個模型各佔幾個位元組；梯度和參數一樣多。"""
-
     models = [model for model in (agent.actor, agent.critic) if model]
     optimizers = [optimizer for optimizer in (agent.actor_optimizer, agent.critic_optimizer) if optimizer]
     parameters = array_bytes([nnx.state(model, nnx.Param) for model in models])
@@ -153,11 +157,8 @@ def memory_bytes(agent) -> dict[str, int]:
     return {"parameters": parameters, "gradients": parameters, "moments": moments, "reference": reference}
 
 
-def save(run, config, result, base: dict, trained: dict) -> bool:
-    """權重與數字；回傳這是不是第 0 個行程，檔案與畫面只交給它。"""
-    whole = [axis_rules.gather(model) for model in (result.base, result.agent.actor)]
-    if jax.process_index() > 0:
-        return False
+def save(run, config, result, whole: list[Transformer], base: dict, trained: dict) -> None:
+    """權重與數字；whole 是基礎模型與訓練之後的，每個裝置都有整份。"""
     for name, model in zip(("base", "weights"), whole, strict=True):
         lesson_extras.save_weights(config.out_dir / f"{name}.npz", model)
     train_seconds = sum(result.seconds.values())
@@ -168,7 +169,6 @@ def save(run, config, result, base: dict, trained: dict) -> bool:
         parameters=sum(x.size for x in jax.tree.leaves(nnx.state(result.base, nnx.Param))),
         seconds={"train": train_seconds, "total": time.perf_counter() - run.started} | result.seconds,
     )  # fmt: skip
-    return True
 
 
 def describe(base: dict, trained: dict, curve: dict[str, list[float]]) -> str:
@@ -218,6 +218,7 @@ def draw_learning_curve(result, config) -> None:
         top.legend(handles, [line.get_label() for line in handles], loc="lower right")
         bottom.plot(updates, 100 * np.array(curve["silent"]), "o-", ms=3, color="C3")
         bottom.set(ylabel="silent groups (%)", xlabel="update", ylim=(-3, 103))
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_pass_at_k(rows: dict, config) -> None:
@@ -241,18 +242,9 @@ TUNED = ("algorithm", "beta", "reward", "loss_average", "dynamic_sampling", "tra
 TUNED += ("group_size", "step_by_step_share", "base")
 
 
-def derive(name: str, config, **changes):
-    """--compare 的一種設定；不能跑就說是哪一種。"""
-    try:
-        return replace(config, **changes)
-    except ValueError as error:
-        raise ValueError(f"--compare 的 {name}：{error}") from error
-
-
 def variants(config) -> dict:
     """--compare 要跑的設定，一次只改一樣。同一個隨機種子的都從同一個基礎模型開始，direct_only 除外。"""
     refuse_changed(config, "--compare", TUNED)
-    config = replace(config, compare=False)
     changes = {
         DEFAULT: {},
         "direct_only": {"step_by_step_share": 0.0},
@@ -275,7 +267,7 @@ def variants(config) -> dict:
 def compare(run, config, train, evaluate) -> None:
     bases = {}  # 一個隨機種子的基礎模型；換種子就丟掉
 
-    def measure(variant) -> dict:
+    def measure(_, variant) -> dict:
         key = variant.seed, variant.step_by_step_share
         if not any(seed == variant.seed for seed, _ in bases):
             bases.clear()
@@ -295,7 +287,7 @@ def columns(base: dict, trained: dict, curve: dict, seconds: dict, memory: dict)
     names = ("sampled", "greedy", "length", "step_by_step", "language_model_loss", "unfinished")
     row = {name: trained[name] for name in names} | {f"base_{name}": base[name] for name in names}
     row |= {"pass_at_k": list(trained["pass_at_k"].values()), "base_pass_at_k": list(base["pass_at_k"].values())}
-    row |= {f"{name}_curve": curve[name] for name in ("reward", "length", "step_by_step", "silent", "outside")}
+    row |= {f"{name}_curve": curve[name] for name in ("reward", "length", "step_by_step", "silent", "clip_fraction")}
     row |= {"tokens": float(np.sum(curve["tokens"])), "state_bytes": sum(memory.values())}
     return row | {f"{phase}_seconds": seconds[phase] for phase in ("sample", "learn")}
 
@@ -316,8 +308,8 @@ def comparison_table(rows: dict) -> str:
             cells.append("—" if name == DEFAULT else difference)
         cells += [show_mean(row["length"]), show_mean(row["step_by_step"], "{:.0f}")]
         quality.append([f"`{name}`", *cells, show_mean(row["language_model_loss"], "{:.2f}")])
-        silent, outside = (100 * np.mean(row[f"{key}_curve"], axis=1) for key in ("silent", "outside"))
-        cells = [show_mean(of_last_updates(row["reward_curve"])), show_mean(silent, "{:.0f}"), show_mean(outside)]
+        silent, clip_fraction = (100 * np.mean(row[f"{key}_curve"], axis=1) for key in ("silent", "clip_fraction"))
+        cells = [show_mean(of_last_updates(row["reward_curve"])), show_mean(silent, "{:.0f}"), show_mean(clip_fraction)]
         if name == "supervised":  # 沒有採樣，這三個數不是量的
             cells = ["—"] * len(cells)
         cells += [show_mean(np.array(row["tokens"]) / 1e3, "{:,.0f}")]
@@ -351,6 +343,8 @@ def draw_comparison(rows: dict, out_dir: Path) -> None:
                 draw_mean(silent, np.arange(1, values.shape[1] + 1), values, label=name)
         silent.set(xlabel="update", ylabel="silent groups sampled (%)", title="no signal: all right or all wrong")
         draw_differences(rows, gap)
+        for axes in (curve, silent):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in (passes, forget, hack, silent):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)

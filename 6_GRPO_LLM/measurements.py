@@ -17,7 +17,7 @@ from collectives import read_collectives
 from flax import nnx
 from model import Transformer, answer_outputs
 
-from lesson_extras import figure, markdown_table, save
+from lesson_extras import figure, markdown_table, refuse_changed, save
 
 STRATEGIES = {  # 名字 → Mesh 與規則手冊
     "single": ("1x1", ""),
@@ -39,31 +39,47 @@ class Story(NamedTuple):
     """腳本裡要用的函式。"""
 
     on_mesh: Callable
-    make_agent: Callable
+    build_agent: Callable
     collect: Callable
     learn: Callable
     sample: Callable
 
 
-def variants(config) -> list:
-    """--measure 要跑的設定，讓 Config 先檢查一遍。"""
-    config = replace(config, measure="none")
-    if config.mesh != "auto" or config.coordinator or config.base:
-        raise ValueError("--measure 配上 --mesh、--coordinator 或 --base；它自己決定這些，或用不到，不要寫")
-    if config.algorithm != "grpo" or config.dynamic_sampling:
-        raise ValueError("--measure 配上 --algorithm 或 --dynamic-sampling；它量的是 grpo，不要寫")
-    return [replace(config, mesh=mesh, rules=rules, beta=config.beta or 0.1) for mesh, rules in STRATEGIES.values()]
+class Measurement(NamedTuple):
+    """--measure 的一種。"""
+
+    key: str  # metrics.json 裡的名字
+    function: Callable
+    table: Callable
+    rows: int  # 量完有幾列
+
+
+def check(config) -> None:
+    """用不到的、自己決定的旗標，不能另外給；要跑的切法，讓 Config 先檢查一遍。"""
+    ignored = {
+        "mesh": ("mesh", "rules", "coordinator", "base", "algorithm", "dynamic_sampling"),
+        "cost": ("mesh", "num_prompts", "group_size", "coordinator", "base", "algorithm", "dynamic_sampling"),
+        "ledger": [name for name in vars(config) if name not in ("measure", "group_size", "out_dir")],
+    }
+    refuse_changed(config, f"--measure {config.measure}", ignored[config.measure])
+    if config.measure == "mesh":
+        strategies(config)
+
+
+def strategies(config) -> dict:
+    """--measure mesh 要跑的設定。"""
+    config = replace(config, measure="none", beta=config.beta or 0.1)
+    return {name: replace(config, mesh=mesh, rules=rules) for name, (mesh, rules) in STRATEGIES.items()}
 
 
 def measure(run, config, story: Story) -> None:
     """量一項，存檔，印出表格。"""
-    name = {"mesh": "strategies", "cost": "cost", "ledger": "ledger"}[config.measure]
-    function = {"mesh": measure_mesh, "cost": measure_cost, "ledger": measure_ledger}[config.measure]
-    rows = function(config, story, run.stop)
+    kind = MEASUREMENTS[config.measure]
+    rows = kind.function(config, story, run.stop)
     run.require_learnt(rows)
-    undone = f"量了 {len(rows)} 列" if run.stop.is_set() else ""
-    table = {"mesh": strategy_table, "cost": cost_table, "ledger": ledger_table}[config.measure](rows)
-    run.save_metrics(config, time.perf_counter() - run.started, **{name: rows})
+    undone = f"量了 {len(rows)} 列" if len(rows) < kind.rows else ""
+    table = kind.table(rows)
+    run.save_metrics(config, time.perf_counter() - run.started, **{kind.key: rows})
     save(config.out_dir / f"{config.measure}.md", table.encode())
     if config.measure == "mesh" and not undone:
         draw_strategies(rows, config.out_dir)
@@ -87,7 +103,7 @@ def verdict(kind: str, rows) -> str:
 def make_agent(config, story: Story):
     key = jax.random.key(config.seed, impl="rbg")
     base = nnx.jit(lambda key: Transformer(config, nnx.Rngs(key)))(key)
-    return nnx.jit(lambda base: story.make_agent(config, base))(base)
+    return story.build_agent(config, base, key)  # 這支 key 是給評論家的；grpo 沒有，用不到
 
 
 def seconds_of(function: Callable, *arguments) -> float:
@@ -130,7 +146,7 @@ def count_collectives(compiled, mesh) -> dict[str, list[int]]:
 def measure_mesh(config, story: Story, stop) -> dict:
     """每種切法：一個裝置的位元組、收集與學習各有哪些集體通訊、秒數，寫出來的詞元和 single 一不一樣。"""
     rows, single = {}, None
-    for name, variant in zip(STRATEGIES, variants(config), strict=True):
+    for name, variant in strategies(config).items():
         if stop.is_set():
             break
         with story.on_mesh(variant):
@@ -298,3 +314,10 @@ def ledger_table(rows: list[dict]) -> str:
         size = f"{row['bytes'] / 1e9:.1f}"
         lines.append([row["what"], *(size if row[name] else "—" for name in ("grpo", "ppo"))])
     return markdown_table(("Llama 3 8B，全部用 bfloat16 (GB)", "GRPO", "PPO"), lines)
+
+
+MEASUREMENTS = {
+    "mesh": Measurement("strategies", measure_mesh, strategy_table, len(STRATEGIES)),
+    "cost": Measurement("cost", measure_cost, cost_table, 2 * len(GROUP_SIZES)),
+    "ledger": Measurement("ledger", measure_ledger, ledger_table, 3 + len(ANSWER_LENGTHS)),
+}

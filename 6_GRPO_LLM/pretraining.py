@@ -31,18 +31,16 @@ text_loss = nnx.jit(language_model_loss)
 
 @functools.cache
 def make_optimizer(learning_rate: float, steps: int | None, warmup: int = 0) -> optax.GradientTransformation:
-    """Adam，梯度先裁剪；steps 給了就照餘弦降到 0。同樣的參數拿到同一個物件，nnx.jit 才不會重新編譯。"""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps) if warmup else learning_rate
-    if steps and not warmup:
-        schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    """Adam，梯度先裁剪；steps 給了就先暖身，再照餘弦降到 0。同樣的參數拿到同一個物件，nnx.jit 才不會重新編譯。"""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps) if steps else learning_rate
     return optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adam(schedule))
 
 
-def check_finite(losses: np.ndarray, done: int, phase: str) -> list[float]:
+def check_finite(losses: np.ndarray, done: int, phase: str) -> None:
+    """done 是這之前完成了幾步；有一個不是有限的數，就丟出 LessonError。"""
     if not np.isfinite(losses).all():
         step = done + int(np.argmin(np.isfinite(losses))) + 1
         raise LessonError(f"{phase}第 {step} 步的損失不是有限的數；把學習率調小再試", 1)
-    return losses.tolist()
 
 
 @nnx.jit
@@ -74,7 +72,9 @@ def pretrain(config, stop: threading.Event | None, progress: bool) -> tuple[Tran
         while len(losses) < config.pretrain_steps and not (stop and stop.is_set()):
             steps = min(CHUNK, config.pretrain_steps - len(losses))
             texts = problems.texts(steps, *config.text_rows(config.pretrain_batch_size))
-            losses += check_finite(np.asarray(pretrain_steps(model, optimizer, texts)), len(losses), "預訓練")
+            step_losses = np.asarray(pretrain_steps(model, optimizer, texts))
+            check_finite(step_losses, len(losses), "預訓練")
+            losses += step_losses.tolist()
             bar.set_postfix_str(f"平均損失 {np.mean(losses[-CHUNK:]):.3f}")
             bar.update(steps)
     return model, losses

@@ -231,6 +231,7 @@ WRONG = {
         "--ledger llama3-8b --coordinator 127.0.0.1:9",
         "--coordinator 127.0.0.1:99999 --num-processes 2",
         "--rules batch=data,batch=model",
+        "--rules mlp=data,mlp=data",
         "--ledger llama3-8b --steps 5",
         "--ledger-meshes 4x2 8x8",
         "--learning-rate 0",
@@ -279,6 +280,10 @@ WRONG = {
         "--compare --measure cost",
         "--compare --coordinator 127.0.0.1:9876 --num-processes 2",
         "--measure mesh --mesh 2x1",
+        "--measure mesh --num-heads 2",
+        "--measure cost --group-size 4",
+        "--measure ledger --updates 5",
+        "--measure ledger --beta 0.3",
     ],
 }
 RESULTS = {
