@@ -412,11 +412,11 @@ def test_a_bug_is_not_answered_with_git_checkout(bug, monkeypatch):
 
 
 def run_a_copy(tmp_path, **environment):
-    """複製走的第 4 課，沒有資料；只說一句話：TFP 匯入時用了 JAX 將要移除的東西，-W default 也看不到。"""
+    """複製走的第 4 課，沒有資料，家目錄也寫不進去；只說一句話：TFP 與 Matplotlib 的警告，讀者管不著的，都看不到。"""
     folder = lessons.script("4_GRPO_MNIST").parent
     shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("data", "outputs", "__pycache__", ".*"))
     command = [sys.executable, "-W", "default::DeprecationWarning", str(tmp_path / "copy" / "grpo_mnist.py")]
-    environment = lessons.environment() | {"HOME": "/nonexistent"} | environment
+    environment = lessons.environment() | {"HOME": "/dev/null/home"} | environment
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     (line,) = result.stderr.splitlines()
