@@ -348,10 +348,11 @@ def test_gradient_variances_follow_the_definition():
 
 
 def test_lambda_errors_follow_the_definition(monkeypatch):
-    """每個起點的平均，和 λ = 1 (實際的獎勵加到截斷，再補上最後的價值) 比；用同一批回合從定義算一次。"""
+    """每個起點的平均，和蒙地卡羅比：不截斷，再走一個回合那麼長，不 bootstrap；用同樣的步從定義算一次。"""
     monkeypatch.setattr(extras, "STARTS", 2)
     monkeypatch.setattr(extras, "COPIES", 3)
-    config = small_config(reward_scale=0.5, gamma=0.9)
+    monkeypatch.setattr(extras, "TAIL_STEPS", 200)
+    config = small_config(reward_scale=0.5, gamma=0.99)
     agent, kept = pendulum.make_agent(config), []
 
     def collect(*arguments):
@@ -359,16 +360,18 @@ def test_lambda_errors_follow_the_definition(monkeypatch):
         kept.extend(arguments[2])
 
     measured = extras.lambda_errors(config, agent, collect, pendulum.RolloutBuffer())
-    rewards = np.stack([step.reward for step in kept]) * 0.5
+    assert len(kept) == 400
     np.testing.assert_array_equal(kept[0].state[:3], kept[0].state[[0, 0, 0]])
-    value, last = kept[0].value, np.asarray(agent.critic(kept[-1].next_state))
-    full = (0.9 ** np.arange(200) @ rewards + 0.9**200 * last - value) / 0.5
-    one_step = (rewards[0] + 0.9 * kept[1].value - value) / 0.5
-    bias = (one_step - full).reshape(2, 3).mean(axis=1)
-    assert measured["lambda_biases"][0] == pytest.approx(np.sqrt(np.mean(bias**2)), rel=1e-3)
-    assert measured["lambda_biases"][-1] == 0
-    assert measured["lambda_stds"][0] == pytest.approx(one_step.reshape(2, 3).std(axis=1).mean(), rel=1e-3)
-    assert measured["lambda_stds"][-1] == pytest.approx(full.reshape(2, 3).std(axis=1).mean(), rel=1e-3)
+    np.testing.assert_allclose(kept[200].state, kept[199].next_state, atol=1e-6)  # 接著走，不是新的回合
+    rewards = np.stack([step.reward for step in kept])
+    value, last = kept[0].value / 0.5, np.asarray(agent.critic(kept[199].next_state)) / 0.5
+    monte_carlo = 0.99 ** np.arange(400) @ rewards - value
+    full = 0.99 ** np.arange(200) @ rewards[:200] + 0.99**200 * last - value
+    one_step = rewards[0] + 0.99 * kept[1].value / 0.5 - value
+    for place, estimate in ((0, one_step), (-1, full)):
+        bias = (estimate - monte_carlo).reshape(2, 3).mean(axis=1)
+        assert measured["lambda_biases"][place] == pytest.approx(np.sqrt(np.mean(bias**2)), rel=1e-3)
+        assert measured["lambda_stds"][place] == pytest.approx(estimate.reshape(2, 3).std(axis=1).mean(), rel=1e-3)
 
 
 @pytest.fixture
@@ -381,6 +384,7 @@ def compared(monkeypatch, tmp_path):
     monkeypatch.setattr(pendulum, "evaluate", lambda agent: np.array([-100.0, -300.0]))
     monkeypatch.setattr(extras, "GRADIENT_ROLLOUTS", 2)
     monkeypatch.setattr(extras, "COPIES", 2)
+    monkeypatch.setattr(extras, "TAIL_STEPS", 0)
     run_now = lesson.Run("test", pendulum.__file__)
     monkeypatch.setattr(pendulum, "RUN", run_now)
 
