@@ -103,8 +103,9 @@ def parse(config_class, description: str):
 
     config = tyro.cli(config_class, description=description)
     with contextlib.suppress(OSError):  # 名字太長，或工作目錄被刪了，也是寫不進去
-        place = next(p for p in (config.out_dir.absolute() / "metrics.json").parents if p.is_symlink() or p.exists())
-        if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        metrics = config.out_dir.absolute() / "metrics.json"
+        place = next(p for p in metrics.parents if p.is_symlink() or p.exists())
+        if place.is_dir() and os.access(place, os.W_OK | os.X_OK) and not metrics.is_dir():
             return config
     raise LessonError(f"--out-dir {config.out_dir} 寫不進去；要是可以寫入的資料夾", 2)
 

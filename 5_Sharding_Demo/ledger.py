@@ -5,8 +5,11 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import jax
 import numpy as np
+from chips import NAMES, compiler, describe
 from llama import LLAMAS, PUBLISHED_PARAMETERS, count_parameters
+from parsing import mesh_size
 from sharding_devices import side_by_side
 
 import lesson
@@ -15,24 +18,24 @@ from lesson_extras import figure, markdown_table
 TOKENS = 2048  # 一個序列的長度；批次等於晶片數
 CHIPS = {"TPU v5e": 16, "TPU v6e": 32, "H100": 80, "TPU v5p": 95}  # HBM，GB
 MAX_FAKE_DEVICES = 512
-# 同一步、同一顆晶片，換一件事再編譯一次：暫存那一欄有多少是 CPU 編譯器自己的
+# 同一步、同一顆晶片，換一件事再編譯一次，看暫存那一欄怎麼變
 CHECKS = {
     ("1x1", "single, float32"): {"dtype": "float32"},
     ("1x1", "single, no gradients returned"): {"return_gradients": False},
 }
-OWN_FLAGS = {"strategies", "rules", "ledger", "ledger_meshes", "seed", "out_dir"}  # 其餘的是訓練用的
+OWN_FLAGS = {"strategies", "rules", "ledger", "ledger_meshes", "compile_for", "seed", "out_dir"}  # 其餘的是訓練用的
 
 
-def check(config, sizes: dict[str, int]) -> None:
-    """sizes：--ledger-meshes 的每張 Mesh 有幾個裝置。旗標彼此不合就丟出 ValueError。"""
-    for mesh, size in sizes.items():
-        if size > MAX_FAKE_DEVICES:
+def check(config) -> None:
+    """旗標彼此不合就丟出 ValueError。"""
+    for mesh in config.ledger_meshes:
+        if (size := mesh_size(mesh)) > MAX_FAKE_DEVICES:
             raise ValueError(f"--ledger-meshes 的 {mesh} 有 {size} 個裝置；最多 {MAX_FAKE_DEVICES} 個")
     if config.ledger == "none":
         if config.ledger_meshes != type(config).ledger_meshes:
             raise ValueError(f"--ledger-meshes 只有記憶體帳用得到；要和 --ledger {' 或 '.join(LLAMAS)} 一起寫")
         return
-    if not sizes:
+    if not config.ledger_meshes:
         raise ValueError("--ledger-meshes 是空的；至少要一張 Mesh，例如 4x2")
     for field in fields(config):
         if field.name not in OWN_FLAGS and getattr(config, field.name) != field.default:
@@ -40,9 +43,14 @@ def check(config, sizes: dict[str, int]) -> None:
             raise ValueError(f"--ledger {config.ledger} 與 {flag} 一起用；記憶體帳不訓練，不要寫 {flag}")
 
 
-def memory(compiled) -> dict[str, int]:
-    """編譯好的訓練步驟 → 一個裝置上的位元組。"""
-    analysis = compiled.memory_analysis()
+def memory(compile_step) -> dict:
+    """編譯一個訓練步驟 → 一個裝置上的位元組；TPU 的編譯器自己就拒絕放不下的。"""
+    try:
+        analysis = compile_step().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"too_big": True}
     return {
         "state": analysis.argument_size_in_bytes,  # 權重與動差
         "gradients": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -51,18 +59,25 @@ def memory(compiled) -> dict[str, int]:
 
 
 def run(run: lesson.Run, config, books: dict[str, dict], measure) -> None:
-    """--ledger：每一列是 measure(llama, mesh, rules) → 位元組，或除不盡的軸。被中斷時，做完幾列算幾列。"""
-    start, llama = time.perf_counter(), LLAMAS[config.ledger]
+    """--ledger：每一列是 measure(llama, mesh, rules, 交不交出梯度, 晶片)，見 ledger_row。被中斷時，做完幾列算幾列。"""
+    start, llama, chip = time.perf_counter(), LLAMAS[config.ledger], config.compile_for
+    if chip != "none":
+        describe(chip, {"data": 1})  # 沒有它的編譯器，現在就說
     others = [(mesh, name) for mesh in dict.fromkeys(config.ledger_meshes) for name in books if name != "single"]
-    places = [("1x1", "single"), *CHECKS, *others]
+    checks = [
+        place for place, what in CHECKS.items() if chip == "none" or "dtype" not in what
+    ]  # 只有 CPU 的要比 float32
+    places = [("1x1", "single"), *checks, *others]
     jobs = []
     for mesh, name in places:
         what = CHECKS.get((mesh, name), {})
         shape = replace(llama, dtype=what.get("dtype", llama.dtype))
         rules = books["single" if what else name]
-        jobs.append(functools.partial(measure, shape, mesh, rules, what.get("return_gradients", True)))
+        gradients = what.get("return_gradients", True)
+        jobs.append(functools.partial(measure, shape, mesh, rules, gradients, chip))
+    names = {"model": config.ledger, "chip": chip, "compiler": compiler(chip)}
     rows = [
-        {"model": config.ledger, "mesh": mesh, "strategy": name, **row}
+        {**names, "mesh": mesh, "strategy": name, **row}
         for (mesh, name), row in zip(places, side_by_side(jobs, run.stop), strict=True)
         if row is not None
     ]
@@ -70,7 +85,9 @@ def run(run: lesson.Run, config, books: dict[str, dict], measure) -> None:
     run.save_metrics(config, time.perf_counter() - start, ledger=rows)
     table = ledger_table(rows)
     lesson.save(config.out_dir / "ledger.md", table.encode())
-    draw_ledger(rows, config.out_dir / f"ledger_{config.ledger}.png")
+    of_chip = "" if chip == "none" else f"_{chip}"
+    if any("state" in row for row in rows):
+        draw_ledger(rows, config.out_dir / f"ledger_{config.ledger}{of_chip}.png")
     parameters, published = count_parameters(llama), PUBLISHED_PARAMETERS[config.ledger]
     reached = "達標" if parameters == published else "未達標"
     print(f"{table}\n{reached}：{parameters:,} 個參數（目標 {published:,}）")
@@ -83,25 +100,38 @@ def fitting_chips(size: int) -> str:
 
 
 def ledger_table(rows: list[dict]) -> str:
-    """Markdown 表格，單位是一個裝置的 GB。"""
+    """Markdown 表格，單位是一個裝置的 GB。CPU 編譯器的暫存有一大塊是它自己的 (見 README)，不拿來判斷放不放得下。"""
+    chip = NAMES[rows[0]["chip"]]
+    header = ["Mesh", "策略", "權重 + 動差", "交出來的梯度", "合計"]
+    header += (
+        [f"{chip} 編譯器的暫存", f"放得進 {CHIPS[chip]} GB"]
+        if chip in CHIPS
+        else ["放得下的晶片 (GB)", "CPU 編譯器的暫存"]
+    )
     lines = []
     for row in rows:
         if "indivisible" in row:
             axis, parts = row["indivisible"]
             cells = [f"`{axis}` 切不成 {parts} 份", *[""] * 4]
+        elif "too_big" in row:
+            cells = ["編譯器說放不下", *[""] * 3, "否"]
         else:
-            lasting = row["state"] + row["gradients"]
+            lasting, temporary = row["state"] + row["gradients"], row["temporary"]
             cells = [f"{size / 1e9:.2f}" for size in (row["state"], row["gradients"], lasting)]
-            cells += [fitting_chips(lasting), f"{row['temporary'] / 1e9:.2f}"]
+            if chip in CHIPS:
+                fits = "是" if lasting + temporary <= CHIPS[chip] * 1e9 else "否"
+                cells += [f"{temporary / 1e9:.2f}", fits]
+            else:
+                cells += [fitting_chips(lasting), f"{temporary / 1e9:.2f}"]
         lines.append([row["mesh"], f"`{row['strategy']}`", *cells])
-    header = ("Mesh", "策略", "權重 + 動差", "交出來的梯度", "合計", "放得下的晶片 (GB)", "CPU 編譯器的暫存")
     parameters = count_parameters(LLAMAS[rows[0]["model"]])
     gb = parameters * 2 / 1e9
     return (
         f"{markdown_table(header, lines)}\n"
         f"{rows[0]['model']}：{parameters:,} 個參數。全用 bfloat16：權重 {gb:.1f} + 梯度 {gb:.1f} + Adam {2 * gb:.1f}"
         f" = {4 * gb:.1f} GB。權重的正本與動差用 float32 (混合精度)："
-        f"bfloat16 的權重與梯度 {2 * gb:.1f} + float32 的正本與動差 {6 * gb:.1f} = {8 * gb:.1f} GB。\n"
+        f"bfloat16 的權重與梯度 {2 * gb:.1f} + float32 的正本與動差 {6 * gb:.1f} = {8 * gb:.1f} GB。"
+        f"編譯器是 {rows[0]['compiler']}。\n"
     )
 
 
@@ -109,13 +139,18 @@ def draw_ledger(rows: list[dict], path: Path) -> None:
     """每一列在一顆晶片上要多少；虛線是晶片的容量。"""
     compiled = [row for row in rows if "state" in row]
     names, start = [f"{row['mesh']}  {row['strategy']}" for row in compiled], np.zeros(len(compiled))
-    labels = {"state": "weights + Adam moments", "gradients": "gradients", "temporary": "temporary (CPU compiler)"}
+    labels = {
+        "state": "weights + Adam moments",
+        "gradients": "gradients",
+        "temporary": f"temporary ({NAMES[rows[0]['chip']]} compiler)",
+    }
     with figure(path, figsize=(9, 0.8 + 0.38 * len(compiled))) as (_, axes):
         for color, (key, label) in zip(("C0", "C1", "0.8"), labels.items(), strict=True):
             sizes = np.array([row[key] for row in compiled]) / 1e9
             axes.barh(names, sizes, left=start, color=color, label=label)
             start += sizes
-        for name, capacity in CHIPS.items():
+        chip = NAMES[rows[0]["chip"]]
+        for name, capacity in ({chip: CHIPS[chip]} if chip in CHIPS else CHIPS).items():
             axes.axvline(capacity, color="0.3", linestyle="--", lw=1)
             axes.text(capacity, -0.8, f"{name}\n{capacity}", ha="center", va="bottom", fontsize=8)
         axes.set(xlabel="GB on one device", ylim=(len(compiled) - 0.4, -0.7))

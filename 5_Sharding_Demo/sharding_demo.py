@@ -6,10 +6,12 @@
     python 5_Sharding_Demo/sharding_demo.py --mesh 2x4             換一張地圖
     python 5_Sharding_Demo/sharding_demo.py --rules batch=data,mlp=model    自己寫一本規則手冊
     python 5_Sharding_Demo/sharding_demo.py --ledger llama3-8b     真正的 Llama 3 8B：每顆晶片要多少記憶體
+    python 5_Sharding_Demo/sharding_demo.py --compile-for h100     不訓練，替手邊沒有的晶片編譯，看通訊
 
 沒有 GPU 或 TPU 時，腳本請 XLA 把 CPU 當成八個假裝置；有的話就用真的，個數不是八個就要改 --mesh。
 結果在 outputs/：learning_curve.png、bytes_and_collectives.png、placement_*.png、collectives_*.txt、metrics.json。
-模型在 llama.py，從編譯好的程式讀出通訊在 collectives.py，記憶體帳在 ledger.py。
+模型在 llama.py，文字在 byte_text.py，從編譯好的程式讀出通訊在 collectives.py，記憶體帳在 ledger.py，
+替手邊沒有的晶片編譯在 chips.py。
 
 出處：張量平行：Shoeybi 等 (2019)，arXiv 1909.08053，第 3 節。切分最佳化器狀態與權重 (ZeRO、FSDP)：
 Rajbhandari 等 (2020)，arXiv 1910.02054，第 5 節。由標註切分整個程式 (GSPMD)：Xu 等 (2021)，arXiv 2105.04663。
@@ -23,7 +25,6 @@ import contextlib
 import functools
 import itertools
 import math
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -31,20 +32,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import chips
 import jax
 import ledger
 import numpy as np
 import sharding_demo_extras as extras
+from byte_text import PROMPT, decode, read_text, write
 from collectives import Collective, read_collectives
 from flax import nnx
 from hosts import check_processes
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llama import ACTIVATIONS, AXES, LLAMAS, WEIGHTS, Llama, axis_sizes, create, cross_entropy
+from parsing import MESH_AXES, mesh_size, parse_mesh, parse_rules
 from sharding_devices import progress_bar, side_by_side, start_devices
+from traffic import save_collectives
 
 TARGET_DIFFERENCE = 1e-4
 BYTES = 256  # 詞彙表：一個位元組一個詞元
-MESH_AXES = ("data", "model")
 # CPU 上一個程式只跑二十幾步，編譯得快比跑得快重要：XLA 舊的程式碼產生器，最佳化少做一點
 COMPILE_QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 
@@ -71,6 +75,7 @@ class Config:
     mesh: str = "4x2"  # Mesh 的形狀：data 軸 x model 軸
     ledger: Literal["none", *LLAMAS] = "none"  # 不訓練，改算這個模型的記憶體帳
     ledger_meshes: tuple[str, ...] = ("8x1", "1x8", "4x2", "8x8")  # 記憶體帳要算哪些 Mesh；1x1 的 single 一定會算
+    compile_for: Literal["none", "h100", "v5p"] = "none"  # 不訓練，替這種晶片編譯；不必有它，要有它的編譯器
     coordinator: str = ""  # 多台主機：第 0 個行程的 HOST:PORT；auto 表示由 TPU 或 Slurm 的環境決定
     num_processes: Annotated[int, (1, 10_000)] = 1  # 多台主機：總共幾個行程
     process_id: Annotated[int, (0, 9_999)] = 0  # 多台主機：這是第幾個行程，從 0 開始
@@ -94,7 +99,8 @@ class Config:
             parse_mesh(mesh)
         for strategy, rules in rule_books(self).items():
             check_rules(strategy, rules)
-        ledger.check(self, {mesh: math.prod(parse_mesh(mesh).values()) for mesh in self.ledger_meshes})
+        ledger.check(self)
+        chips.check(self)
 
     @property
     def llama(self) -> Llama:
@@ -116,23 +122,6 @@ def rule_books(config: Config) -> dict[str, dict]:
     if config.rules:
         books["custom"] = parse_rules(config.rules)
     return {name: dict.fromkeys(AXES) | book for name, book in books.items()}
-
-
-def parse_rules(text: str) -> dict:
-    """'batch=data,mlp=data+model' → {'batch': 'data', 'mlp': ('data', 'model')}；'embed=None' 表示不切。"""
-    rules = {}
-    for item in text.split(","):
-        axis, equals, target = item.partition("=")
-        if axis not in AXES or not equals:
-            raise ValueError(f"--rules 的 {item!r}；要寫成 軸=data，軸是 {'、'.join(AXES)} 之一")
-        if axis in rules:
-            raise ValueError(f"--rules 的 {axis} 寫了兩次；一個軸只能有一條規則")
-        parts = () if target == "None" else tuple(target.split("+"))
-        if not set(parts) <= set(MESH_AXES) or len(set(parts)) < len(parts):
-            right = f"Mesh 的軸只有 {'、'.join(MESH_AXES)}，合起來寫 data+model，不切寫 None"
-            raise ValueError(f"--rules 的 {item!r}；{right}")
-        rules[axis] = parts[0] if len(parts) == 1 else parts or None
-    return rules
 
 
 def mesh_axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -159,13 +148,6 @@ def indivisible(rules: dict, sizes: dict[str, int], mesh: dict[str, int]) -> tup
 
 
 # 3. 裝置與 Mesh --------------------------------------------------------------------------------------
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """'4x2' → {'data': 4, 'model': 2}；寫法不對就丟出 ValueError。"""
-    if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", text):
-        raise ValueError(f"Mesh 是 {text}；要寫成 data 軸 x model 軸，例如 4x2")
-    return dict(zip(MESH_AXES, map(int, text.split("x")), strict=True))
 
 
 def make_mesh(shape: dict[str, int], devices: list | None = None) -> Mesh:
@@ -240,23 +222,25 @@ def compile_step(program: Program, execute: bool = True, return_gradients: bool 
     highest = jax.default_matmul_precision("highest")  # GPU 與 TPU 也用完整的 float32 相乘
     with rule_book(program.mesh, program.rules), highest:
         lowered = step.lower(program.state, program.tokens, program.tokens)
-    if not execute:
-        return lowered.compile({"xla_backend_optimization_level": 0})  # 不執行就不必把機器碼最佳化
-    return lowered.compile(COMPILE_QUICKLY if jax.default_backend() == "cpu" else {})
+    return lowered.compile(compile_options(program.mesh, execute))
+
+
+def compile_options(mesh: Mesh, execute: bool = True) -> dict:
+    """CPU 上編譯得快一點，不執行的更不必最佳化；別的晶片照它自己的預設。"""
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    return COMPILE_QUICKLY if execute else {"xla_backend_optimization_level": 0}
+
+
+def compile_writer(program: Program):
+    """(狀態, 提示) → 接著寫的詞元；也編譯成一個程式。"""
+    prompt = jax.ShapeDtypeStruct((PROMPT,), np.int32, sharding=NamedSharding(program.mesh, PartitionSpec()))
+    writer = jax.jit(lambda state, prompt: write(nnx.merge(program.graphdef, state)[0], prompt))
+    with rule_book(program.mesh, program.rules):
+        return writer.lower(program.state, prompt).compile(compile_options(program.mesh))
 
 
 # 6. 訓練 ---------------------------------------------------------------------------------------------
-
-
-def read_text() -> tuple[np.ndarray, np.ndarray]:
-    """這套課程自己的 README，一個位元組一個詞元：九成訓練，一成評估；單獨複製這個資料夾時，只讀這一課的。"""
-    folder = Path(__file__).resolve().parent
-    paths = [folder / "README.md", folder.parent / "README.md", *sorted(folder.parent.glob("[0-9]_*/README.md"))]
-    text = b"".join(path.read_bytes() for path in dict.fromkeys(paths) if path.is_file())
-    if len(text) < 20_000:
-        wrong = f"README.md 只有 {len(text)} 個位元組"
-        raise lesson.LessonError(f"{wrong}；訓練的文字是課程的 README，要和腳本放在一起", 2)
-    return tuple(np.split(np.frombuffer(text, np.uint8).astype(np.int32), [9 * len(text) // 10]))
 
 
 def sample_batch(text: np.ndarray, rng: np.random.Generator, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -291,19 +275,20 @@ class Result:
     bytes: dict[str, int] = field(default_factory=dict)  # 一個裝置上的參數、梯度、動差
     weights: dict[str, extras.Placed] = field(default_factory=dict)  # 權重的名字 → 它怎麼放
     test_loss: float = math.nan
+    samples: list[str] = field(default_factory=list)  # 只有 single：提示，訓練之前、之後接著寫的字
 
 
-def train_strategy(result: Result, step, state: nnx.State, text: tuple, config: Config, stop, bar) -> None:
-    """用一種策略在 text (訓練的、評估的) 上訓練 steps 步，寫進 result；stop 被設定時，停在兩步之間，至少走一步。
+def train_strategy(result: Result, step, state: nnx.State, text: np.ndarray, config: Config, stop, bar) -> nnx.State:
+    """用一種策略訓練 steps 步，寫進 result，交出最後的狀態；stop 被設定時，停在兩步之間，至少走一步。
 
     種子相同，所以每種策略的批次都相同。
 
     Raises:
         lesson.LessonError: 損失變成 NaN 或無限大。
     """
-    (training, held_out), rng, program = text, np.random.default_rng(config.seed), result.program
+    rng, program = np.random.default_rng(config.seed), result.program
     while len(result.losses) < config.steps and not (stop and stop.is_set() and result.losses):
-        inputs, targets = (distribute(x, program.tokens) for x in sample_batch(training, rng, config))
+        inputs, targets = (distribute(x, program.tokens) for x in sample_batch(text, rng, config))
         start = time.perf_counter()
         state, loss, gradients = step(state, inputs, targets)
         result.losses.append(float(loss))
@@ -314,7 +299,7 @@ def train_strategy(result: Result, step, state: nnx.State, text: tuple, config: 
         bar.set_postfix_str(f"{result.strategy} 平均損失 {np.mean(result.losses[-5:]):.3f}")
         bar.update()
     result.bytes, result.weights = extras.measure(*nnx.merge(program.graphdef, state), gradients)
-    result.test_loss = evaluate(step, state, held_out, program, config)
+    return state
 
 
 def train(config: Config, stop: threading.Event | None = None, progress: bool = True) -> dict[str, Result]:
@@ -323,22 +308,28 @@ def train(config: Config, stop: threading.Event | None = None, progress: bool = 
     起點只抽一次，再照每種策略的切法放上去：這個模型小，一個裝置放得下。
     放不下的模型，每種策略各自呼叫 initial_state，數字一樣。
     """
-    text, programs, results = read_text(), {}, {}  # 只讀一次：訓練到一半有人改了 README，各策略的文字才不會不同
+    text, held_out = read_text()  # 只讀一次：訓練到一半有人改了 README，各策略的文字才不會不同
+    programs, results = {}, {}
     for name, rules in rule_books(config).items():
         mesh = strategy_mesh(config, name)
         programs[name] = plan(
             config.llama, config.learning_rate, mesh, rules, config.batch_size, config.sequence_length
         )
     jobs = [functools.partial(initial_state, programs["single"], config)]
+    jobs += [functools.partial(compile_writer, programs["single"])]
     jobs += [functools.partial(compile_step, program) for program in programs.values()]
-    start, *steps = side_by_side(jobs, stop, progress)
+    start, writer, *steps = side_by_side(jobs, stop, progress)
     with progress_bar("訓練", config.steps * len(programs), "步", progress) as bar:
         for (name, program), step in zip(programs.items(), steps, strict=True):
             if stop and stop.is_set():
                 break
             state = jax.tree.map(lambda x, like: distribute(np.asarray(x), like), start, program.state)
             results[name] = Result(name, program, read_collectives(step.as_text(), program.mesh))
-            train_strategy(results[name], step, state, text, config, stop, bar)
+            state = train_strategy(results[name], step, state, text, config, stop, bar)
+            if name == "single":
+                prompt = held_out[:PROMPT]
+                results[name].samples = [decode(x) for x in (prompt, writer(start, prompt), writer(state, prompt))]
+            results[name].test_loss = evaluate(step, state, held_out, program, config)
     return results
 
 
@@ -358,23 +349,32 @@ def evaluate(step, state: nnx.State, text: np.ndarray, program: Program, config:
 # 8. 主程式 -------------------------------------------------------------------------------------------
 
 
-def ledger_row(llama: Llama, mesh: str, rules: dict, return_gradients: bool = True) -> dict:
+def ledger_row(llama: Llama, mesh: str, rules: dict, return_gradients: bool = True, chip: str = "none") -> dict:
     """記憶體帳的一列：編譯一整個訓練步驟，陣列全是抽象的；除不盡就寫明是哪一個軸、切幾份。"""
-    shape = parse_mesh(mesh)
-    batch_size = math.prod(shape.values())
+    shape, batch_size = parse_mesh(mesh), mesh_size(mesh)
     if problem := indivisible(rules, axis_sizes(llama, batch_size, ledger.TOKENS), shape):
         return {"indivisible": problem}
-    program = plan(llama, Config.learning_rate, make_mesh(shape), rules, batch_size, ledger.TOKENS)
-    return ledger.memory(compile_step(program, execute=False, return_gradients=return_gradients))
+    devices = make_mesh(shape) if chip == "none" else chips.describe(chip, shape)
+    program = plan(llama, Config.learning_rate, devices, rules, batch_size, ledger.TOKENS)
+    return ledger.memory(lambda: compile_step(program, execute=False, return_gradients=return_gradients))
+
+
+def compile_for(config: Config, rules: dict) -> tuple:
+    """替 --compile-for 的晶片編譯一種策略的訓練步驟 → (程式, Mesh)。"""
+    mesh = chips.describe(config.compile_for, parse_mesh(config.mesh))
+    program = plan(config.llama, config.learning_rate, mesh, rules, config.batch_size, config.sequence_length)
+    return compile_step(program, execute=False), mesh
 
 
 def main() -> None:
     config = lesson.parse(Config, "第 5 課：Mesh 與切分規則，從一顆晶片到許多晶片")
     meshes = config.ledger_meshes if config.ledger != "none" else [config.mesh]
-    start_devices(config, max(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
+    start_devices(config, max(map(mesh_size, meshes)) if config.compile_for == "none" else 1)
     if config.ledger != "none":
         return ledger.run(RUN, config, rule_books(config), ledger_row)
     check_divisible(config)
+    if config.compile_for != "none":
+        return chips.list_collectives(RUN, config, rule_books(config), compile_for)
     start = time.perf_counter()
     results = train(config, RUN.stop, progress=jax.process_index() == 0)
     RUN.require_learnt(results)
@@ -382,10 +382,10 @@ def main() -> None:
         return None  # 檔案與畫面交給第 0 個行程
     metrics = extras.metrics(results)
     RUN.save_metrics(config, time.perf_counter() - start, **metrics)
-    extras.save_collectives(results, config.out_dir)
+    save_collectives({name: result.collectives for name, result in results.items()}, config.out_dir)
     extras.draw(results, metrics["strategies"], config.out_dir, TARGET_DIFFERENCE)
     extras.remove_old({*RULES, "custom"} - results.keys(), config.out_dir)
-    extras.show(results, metrics["strategies"])
+    extras.show(results, metrics)
     difference = metrics["max_relative_difference"]
     reached = "達標" if difference <= TARGET_DIFFERENCE else "未達標"
     figure = f"{len(results)} 種策略的損失與 single 的最大相對差 {difference:.1e}"

@@ -7,16 +7,17 @@ import jax
 import matplotlib
 import numpy as np
 import optax
+from chips import collectives_table as collectives_table  # 測試與 benchmark.py 從這裡拿
 from collectives import OPERATIONS, summarize
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from ledger import ledger_table as ledger_table  # 測試與 benchmark.py 從這裡拿
+from ledger import ledger_table as ledger_table
 from llama import WEIGHTS, Llama, count_activations, count_parameters
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from sharding_devices import FAKE_DEVICES
+from traffic import table_cells
 
-import lesson
 from lesson_extras import figure, markdown_table
 
 MAX_NUMBERS = 2 * 10**9  # 八個假裝置擠在一台筆電裡，最多一共存幾個 float32：8 GB
@@ -89,12 +90,14 @@ def metrics(results: dict) -> dict:
         }
         for name, result in results.items()
     }
+    prompt, before, after = results["single"].samples
     last = [*rows.values()][-1]  # device_kb、collective_kb 是最後一種策略的
     return {
         "strategies": rows,
         "max_relative_difference": max(row["max_relative_difference"] for row in rows.values()),
         "device_kb": sum(last["bytes"].values()) / 1e3,
         "collective_kb": sum(collective["bytes"] for collective in last["collectives"]) / 1e3,
+        "samples": {"prompt": prompt, "before": before, "after": after},
     }
 
 
@@ -103,10 +106,8 @@ def comparison_table(rows: dict[str, dict]) -> str:
     lines = []
     for name, row in rows.items():
         sizes = (f"{row['bytes'][key] / 1e3:,.1f}" for key in ("parameters", "gradients", "moments"))
-        calls = "、".join(f"{c['operation']} × {c['count']} ({c['axes']})" for c in row["collectives"]) or "沒有"
-        traffic = sum(c["bytes"] for c in row["collectives"]) / 1e3
         end = f"{1e3 * row['seconds_per_step']:.0f}", f"{row['max_relative_difference']:.1e}"
-        lines.append([f"`{name}`", *sizes, calls, f"{traffic:,.1f}", *end])
+        lines.append([f"`{name}`", *sizes, *table_cells(row["collectives"]), *end])
     sizes = ("參數 (KB)", "梯度 (KB)", "Adam (KB)")
     return markdown_table(("策略", *sizes, "集體通訊：次數 (軸)", "通訊量 (KB)", "一步 (毫秒)", "最大相對差"), lines)
 
@@ -131,8 +132,9 @@ def gate_layer(result) -> tuple[tuple[int, int], NamedSharding]:
     return gate.shape[1:], NamedSharding(result.program.mesh, PartitionSpec(*gate.axes[1:]))
 
 
-def show(results: dict, rows: dict[str, dict]) -> None:
+def show(results: dict, metrics: dict) -> None:
     """在終端機印出每種策略的翻譯表，gate (第 0 層) 的每一塊在哪個裝置上，最後是比較。"""
+    rows, samples = metrics["strategies"], metrics["samples"]
     for name, result in results.items():
         if name == "single":
             continue
@@ -143,13 +145,17 @@ def show(results: dict, rows: dict[str, dict]) -> None:
             jax.debug.visualize_sharding(*gate_layer(result), use_color=False)
     test_losses = "、".join(f"{name} {row['test_loss']:.5f}" for name, row in rows.items())
     print(f"\n{comparison_table(rows)}\n沒看過的文字上的損失：{test_losses}")
+    print(f"single 接著寫的字\n{samples_lines(samples)}")
 
 
-def save_collectives(results: dict, out_dir: Path) -> None:
-    """collectives_*.txt：編譯好的程式裡的每一次通訊，一行一次。"""
-    for name, result in results.items():
-        lines = "\n".join(collective.line for collective in result.collectives)
-        lesson.save(out_dir / f"collectives_{name}.txt", f"{lines}\n".encode())
+def samples_lines(samples: dict[str, str]) -> str:
+    """同一段沒看過的文字，訓練之前與之後接著寫的字。"""
+    return f"　　提示：{samples['prompt']}\n訓練之前：{samples['before']}\n訓練之後：{samples['after']}"
+
+
+def samples_text(samples: dict[str, str]) -> str:
+    """README 裡的一段。"""
+    return f"```text\n{samples_lines(samples)}\n```\n"
 
 
 def remove_old(strategies: set[str], out_dir: Path) -> None:

@@ -23,20 +23,25 @@ def start_devices(config, needed: int) -> None:
     Raises:
         lesson.LessonError: 裝置的個數不合，說明個數是誰決定的。
     """
-    ledger = config.ledger != "none"
-    wanted = needed if ledger else max(1, FAKE_DEVICES // config.num_processes)
+    if config.compile_for != "none":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # 超過 XLA 自己的上限 (記憶體的八成)，每個程式抱怨兩行；不印
+        jax.config.update("jax_enable_compilation_cache", False)  # 沒有晶片，編譯好的讀不回來
+    only_compiles = config.ledger != "none" or config.compile_for != "none"
+    wanted = needed if only_compiles else max(1, FAKE_DEVICES // config.num_processes)
     try:
-        choose_devices(wanted, ledger)
+        choose_devices(wanted, only_compiles)
     except RuntimeError:  # 筆記本裡，JAX 已經用別的個數啟動了：重新啟動它
         backend.clear_backends()
-        choose_devices(wanted, ledger)
+        choose_devices(wanted, only_compiles)
     if config.coordinator:
         connect(config)
     lesson.find_devices()
     found = jax.device_count()
-    if found < needed or (found > needed and not ledger):
-        wrong = f"{'--ledger-meshes' if ledger else f'--mesh {config.mesh}'} 要 {needed} 個裝置，這裡有 {found} 個"
-        raise lesson.LessonError(f"{wrong}；{right_devices(wanted, found, ledger)}", 2)
+    if found < needed or (found > needed and not only_compiles):
+        wrong = (
+            f"{'--ledger-meshes' if only_compiles else f'--mesh {config.mesh}'} 要 {needed} 個裝置，這裡有 {found} 個"
+        )
+        raise lesson.LessonError(f"{wrong}；{right_devices(wanted, found, only_compiles)}", 2)
 
 
 def count_is_set_by() -> str:
@@ -46,18 +51,18 @@ def count_is_set_by() -> str:
     return "XLA_FLAGS" if COUNT_FLAG in os.environ.get("XLA_FLAGS", "") else ""
 
 
-def choose_devices(wanted: int, only_cpu: bool) -> None:
+def choose_devices(wanted: int, only_compiles: bool) -> None:
     """讀者沒有自己設個數，CPU 就當成 wanted 個裝置；有 GPU 或 TPU 時，這一行不相干。"""
-    if only_cpu:
+    if only_compiles:
         jax.config.update("jax_platforms", "cpu")  # 只編譯、不執行，用假裝置就夠了
     if not count_is_set_by():
         jax.config.update("jax_num_cpu_devices", wanted)
 
 
-def right_devices(wanted: int, found: int, ledger: bool) -> str:
+def right_devices(wanted: int, found: int, only_compiles: bool) -> str:
     """裝置的個數不合時，怎樣才對。"""
     fits = "、".join(f"{n}x{found // n}" for n in range(1, found + 1) if found % n == 0)
-    right = [] if ledger else [f"{fits} 才合"]
+    right = [] if only_compiles else [f"{fits} 才合"]
     if jax.default_backend() != "cpu":
         right.append("想用八個假裝置，設 JAX_PLATFORMS=cpu")
     elif count_is_set_by() and found != wanted:

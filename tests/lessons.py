@@ -71,7 +71,7 @@ EVERY_FLAG = {
         "--strategies single --rules batch=data,mlp=model,embed=None --mesh 2x4 --seed 7 --steps 2 --batch-size 8 "
         "--sequence-length 16 --num-layers 1 --embed-dim 64 --mlp-dim 64 --num-heads 8 --num-kv-heads 4 "
         "--learning-rate 3e-3",
-        "--ledger llama3-8b --ledger-meshes 1x64 --strategies model",
+        "--ledger llama3-8b --ledger-meshes 1x64 --strategies model --compile-for none",
     ],
     "6_GRPO_LLM": [
         "--num-layers 1 --embed-dim 16 --num-heads 2 --mlp-dim 32 --seed 7 --pretrain-steps 3 --pretrain-batch-size 8 "
@@ -222,6 +222,11 @@ WRONG = {
         "--learning-rate nan",
         "--ledger llama9",
         "--ledger-meshes 64x64",
+        "--compile-for b200",
+        "--compile-for h100 --steps 5",
+        "--compile-for v5p --mesh 3x2",
+        "--compile-for h100 --ledger llama3-8b --ledger-meshes 16x16",
+        "--compile-for v5p --coordinator 127.0.0.1:9 --num-processes 2",
         "--num-processes 2",
         "--coordinator nowhere",
         "--coordinator 127.0.0.1:9 --num-processes 2 --process-id 2",
@@ -339,9 +344,15 @@ COMPARISONS = {
     "5_Sharding_Demo": {
         "comparison": ("", "strategies", "comparison_table"),
         "ledger": ("--ledger llama3-8b", "ledger", "ledger_table"),
+        "ledger_h100": ("--ledger llama3-8b --compile-for h100", "ledger", "ledger_table"),
+        "ledger_v5p": ("--ledger llama3-8b --compile-for v5p --ledger-meshes 4x2", "ledger", "ledger_table"),
+        "compiled_h100": ("--compile-for h100", "compiled", "collectives_table"),
+        "compiled_v5p": ("--compile-for v5p", "compiled", "collectives_table"),
+        "samples": ("--strategies single --steps 300", "samples", "samples_text"),
         "ledger_70b": ("--ledger llama3-70b", "ledger", "ledger_table"),
+        "ledger_70b_h100": ("--ledger llama3-70b --compile-for h100", "ledger", "ledger_table"),
         "ledger_70b_kv": (
-            "--ledger llama3-70b --ledger-meshes 8x8 --strategies single "
+            "--ledger llama3-70b --compile-for h100 --ledger-meshes 8x8 --strategies single "
             "--rules vocab=data+model,heads=data+model,mlp=data+model",
             "ledger",
             "ledger_table",

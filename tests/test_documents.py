@@ -20,6 +20,8 @@ SETUP_COMMANDS = (
     r" && \.venv/bin/python 3_Pendulum/pendulum\.py)?",
     r"source \.venv/bin/activate",
     r"(\.venv/bin/)?pip install -r requirements\.txt",
+    r"python3 -m venv \.venv-chips",
+    r"\.venv-chips/bin/pip install (-r requirements\.txt|\"jax\[(cuda13|tpu)\]==[\d.]+\")",
     r"(\.venv/bin/)?pip install \"jax\[(cuda13|tpu)\]==[\d.]+\"",
     r"(\.venv/bin/python|python) -m pytest",
 )
@@ -84,7 +86,7 @@ def test_every_command_parses(readme):
         if any(re.fullmatch(pattern, command) for pattern in SETUP_COMMANDS):
             continue
         program, path, *flags = shlex.split(command)
-        assert program in ("python", ".venv/bin/python"), command
+        assert program in ("python", ".venv/bin/python", ".venv-chips/bin/python"), command
         if path == "tests/benchmark.py":
             benchmark.make_parser().parse_args(flags)
             continue
@@ -125,7 +127,7 @@ def test_every_number_of_the_notes_stands_in_a_lesson():
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_flags_named_in_the_text_exist(lesson):
     names = set(load(lesson).Config.__dataclass_fields__)
-    for word in re.findall(r"`(--[a-z][a-z-]*)", text_of(f"{lesson}/README.md")):
+    for word in re.findall(r"`(--[a-z][a-z-]*)", without_code(text_of(f"{lesson}/README.md"))):
         name = word.removeprefix("--").replace("-", "_")
         assert name in names or name.removeprefix("no_") in names, f"{lesson}: {word}"
 

@@ -114,6 +114,14 @@ def test_an_out_dir_that_cannot_exist_is_refused_before_any_work(prepare, out_di
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_where_metrics_json_belongs_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "metrics.json").mkdir()
+    monkeypatch.setattr(sys, "argv", ["x", "--out-dir", str(tmp_path)])
+    with pytest.raises(lesson.LessonError, match="寫不進去；要是可以寫入的資料夾") as refused:
+        lesson.parse(load(LESSON).Config, "x")
+    assert refused.value.args[1] == 2
+
+
 @pytest.mark.parametrize("target", ["out", "nowhere"])
 def test_an_out_dir_that_is_a_broken_link_is_refused_before_any_work(target, tmp_path):
     """連到自己；連到不存在的地方。"""

@@ -29,7 +29,8 @@ from lessons import ROOT, SHORT, block, defaults, environment, load, metrics, ru
 demo = load("5_Sharding_Demo")
 llama_file = importlib.import_module("llama")
 collectives_file = importlib.import_module("collectives")
-ledger_file = demo.ledger
+ledger_file, chips_file = demo.ledger, demo.chips
+traffic_file, text_file = importlib.import_module("traffic"), importlib.import_module("byte_text")
 devices_file = importlib.import_module("sharding_devices")
 README = ROOT / "5_Sharding_Demo" / "README.md"
 STRATEGIES = list(demo.RULES)
@@ -364,6 +365,128 @@ def test_reading_collectives_from_a_program():
     assert "metadata" not in found[0].line
 
 
+# 替手邊沒有的晶片編譯 --------------------------------------------------------------------------------
+
+TPU_PROGRAM = """
+%all-reduce-scatter.7 (input_0: f32[192,128]) -> f32[192,32] {
+  %all-reduce.1 = f32[192,128]{0,1:T(8,128)} all-reduce(%input_0), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %dynamic-slice.2 = f32[192,32]{0,1:T(8,128)} dynamic-slice(%all-reduce.1, %zero, %start)
+}
+
+ENTRY %main (a: f32[4,128]) -> f32[4,128] {
+  %all-reduce.2 = f32[4,128]{1,0:T(4,128)} all-reduce(%a), replica_groups=[4,2]<=[8], to_apply=%add
+  %fusion.3 = f32[192,32]{0,1:T(8,128)} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.7
+}
+"""
+
+
+def test_a_reduce_scatter_of_the_tpu_is_recognised():
+    found = traffic_file.read_chip_collectives(TPU_PROGRAM, demo.make_mesh({"data": 4, "model": 2}))
+    assert [c[:3] for c in found] == [
+        ("reduce-scatter", ("data",), 192 * 128 * 4),  # 通訊前的那一邊
+        ("all-reduce", ("model",), 4 * 128 * 4),
+    ]
+
+
+@pytest.fixture
+def only_compiles(monkeypatch):
+    """--compile-for 在這個行程裡關掉編譯快取、不印 XLA 的抱怨；之後的測試還要用。"""
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture
+def fake_chips(monkeypatch, only_compiles):
+    """測試的環境沒有別的編譯器：晶片的描述換成這裡的假裝置。"""
+
+    def describe(chip, shape):
+        return demo.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
+
+    for module in (chips_file, ledger_file):
+        monkeypatch.setattr(module, "describe", describe)
+        monkeypatch.setattr(module, "compiler", lambda chip: f"{chip} 1.0")
+
+
+def test_compiling_for_a_chip_trains_nothing_and_lists_its_collectives(fake_chips, monkeypatch, capsys, tmp_path):
+    sizes = "--batch-size 8 --sequence-length 12 --num-layers 1 --embed-dim 32 --mlp-dim 48 --num-heads 8"
+    run_main(monkeypatch, *f"--compile-for h100 --strategies fsdp {sizes} --out-dir {tmp_path}".split())
+    (row,) = metrics(tmp_path)["compiled"]
+    assert (row["chip"], row["compiler"], row["strategy"]) == ("h100", "h100 1.0", "fsdp")
+    assert row["collectives"] == collectives_file.summarize(collectives("fsdp"))
+    assert chips_file.collectives_table([row]) in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "collectives_fsdp_h100.txt"}
+
+
+def test_ctrl_c_while_compiling_for_a_chip_writes_nothing(fake_chips, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "compile_for", lambda *_: demo.RUN.stop.set())
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, "--compile-for", "v5p", "--strategies", "fsdp", "--out-dir", str(tmp_path))
+    assert stopped.value.code == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_ledger_of_a_chip_counts_the_temporaries(fake_chips, monkeypatch, tmp_path):
+    rows = {"chip": "h100", "compiler": "c", "model": "llama3-8b", "mesh": "1x1", "strategy": "s", "state": 6e10}
+    for temporary, fits in ((1e10, "是"), (1.1e10, "否")):
+        table = ledger_file.ledger_table([rows | {"gradients": 1e10, "temporary": temporary}])
+        assert table.splitlines()[0].endswith("H100 編譯器的暫存 | 放得進 80 GB |")
+        assert table.splitlines()[2].endswith(f"| {temporary / 1e9:.2f} | {fits} |")
+    llama = demo.Llama(64, 32, 64, 8, 8, 4, 2, "bfloat16", remat=True)
+    rules = demo.rule_books(demo.Config())["fsdp"]
+    monkeypatch.setattr(ledger_file, "TOKENS", 8)
+    assert demo.ledger_row(llama, "4x2", rules, chip="h100") == demo.ledger_row(llama, "4x2", rules)
+
+
+def test_what_the_compiler_refuses_as_too_big_is_a_row(monkeypatch):
+    def refuse(message):
+        def compile_step(*_, **__):
+            raise jax.errors.JaxRuntimeError(message)
+
+        return compile_step
+
+    llama, rules = demo.Llama(64, 32, 64, 8, 8, 4, 2, "bfloat16", remat=True), demo.rule_books(demo.Config())["fsdp"]
+    monkeypatch.setattr(demo, "compile_step", refuse("RESOURCE_EXHAUSTED: exceeds available HBM"))
+    row = demo.ledger_row(llama, "4x2", rules)
+    assert row == {"too_big": True}
+    names = {"chip": "v5p", "compiler": "c", "model": "llama3-8b", "mesh": "4x2", "strategy": "fsdp"}
+    assert "| 4x2 | `fsdp` | 編譯器說放不下 |  |  |  | 否 |" in ledger_file.ledger_table([names | row])
+    monkeypatch.setattr(demo, "compile_step", refuse("INTERNAL: something else"))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        demo.ledger_row(llama, "4x2", rules)
+
+
+@pytest.mark.parametrize("chip", ["h100", "v5p"])
+def test_without_the_compiler_a_sentence_says_what_to_install(chip, only_compiles, monkeypatch, tmp_path):
+    def missing(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(chips_file.topologies, "get_topology_desc", missing)
+    for name in chips_file.NOT_ON_A_TPU:
+        monkeypatch.setenv(name, "")
+    with pytest.raises(demo.lesson.LessonError, match=r"的編譯器 \(topology not .*；沒有裝就先 pip install") as refused:
+        chips_file.describe(chip, {"data": 8})
+    assert refused.value.args[1] == 2
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, "--ledger", "llama3-8b", "--compile-for", chip, "--out-dir", str(tmp_path))
+    assert stopped.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_block_equals_the_recorded_run():
+    record = json.loads((README.parent / "figures" / "samples.json").read_text(encoding="utf-8"))
+    assert record["defaults"] == defaults("5_Sharding_Demo")
+    assert block(README.read_text(encoding="utf-8"), "samples") == demo.extras.samples_text(record["rows"])
+
+
+@pytest.mark.parametrize("name", ["compiled_h100", "compiled_v5p"])
+def test_collectives_block_equals_the_recorded_compilation(name):
+    record = json.loads((README.parent / "figures" / f"{name}.json").read_text(encoding="utf-8"))
+    assert record["defaults"] == defaults("5_Sharding_Demo")
+    assert block(README.read_text(encoding="utf-8"), name) == demo.extras.collectives_table(record["rows"])
+    assert [row["strategy"] for row in record["rows"]] == STRATEGIES[1:]
+
+
 # 記憶體帳 --------------------------------------------------------------------------------------------
 
 
@@ -402,7 +525,17 @@ def test_chips_fit_what_they_hold():
     assert ledger_file.fitting_chips(10**12) == "都不行"
 
 
-@pytest.mark.parametrize(("name", "rows"), [("ledger", 18), ("ledger_70b", 18), ("ledger_70b_kv", 4)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("ledger", 18),
+        ("ledger_h100", 17),
+        ("ledger_v5p", 6),
+        ("ledger_70b", 18),
+        ("ledger_70b_h100", 17),
+        ("ledger_70b_kv", 3),
+    ],
+)
 def test_ledger_block_equals_the_recorded_run(name, rows):
     record = json.loads((README.parent / "figures" / f"{name}.json").read_text(encoding="utf-8"))
     assert record["defaults"] == defaults("5_Sharding_Demo")
@@ -453,6 +586,9 @@ def run_main(monkeypatch, *flags):
         ("--batch-size 100000", "這樣的模型與批次要存的數太多"),
         ("--num-layers 100 --sequence-length 1024", "這樣的模型與批次要存的數太多"),
         ("--ledger llama3-8b --steps 5", "--ledger llama3-8b 與 --steps 一起用；記憶體帳不訓練，不要寫 --steps"),
+        ("--compile-for h100 --steps 5", "--compile-for h100 與 --steps 一起用；只編譯、不訓練，不要寫 --steps"),
+        ("--compile-for h100 --strategies single", "--compile-for 看的是通訊，single 沒有通訊；--strategies 至少再寫"),
+        ("--compile-for v5p --mesh 3x2", "--compile-for 的 Mesh 3x2 有 6 個裝置；要是 1、2、4、8、16、32、64 個"),
         ("--ledger-meshes 1x64", "--ledger-meshes 只有記憶體帳用得到；要和 --ledger llama3-8b 或 llama3-70b 一起寫"),
     ],
 )
@@ -485,10 +621,10 @@ def test_a_wrong_number_of_devices_names_its_cause(backend, variable, value, tol
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert told in devices_file.right_devices(8, 6, ledger=False)
-    assert "1x6、2x3、3x2、6x1 才合" in devices_file.right_devices(8, 6, ledger=False)
+    assert told in devices_file.right_devices(8, 6, only_compiles=False)
+    assert "1x6、2x3、3x2、6x1 才合" in devices_file.right_devices(8, 6, only_compiles=False)
     monkeypatch.setenv(variable, "")
-    assert "環境變數" not in devices_file.right_devices(8, 6, ledger=False)
+    assert "環境變數" not in devices_file.right_devices(8, 6, only_compiles=False)
 
 
 def test_a_lost_host_is_told_in_one_sentence():
@@ -721,6 +857,25 @@ def test_every_block_has_a_color_of_its_own(monkeypatch, tmp_path):
     assert len(set(gates)) == 8
 
 
+def test_writing_samples_from_the_last_prompt_tokens():
+    """對照：一個詞元一個詞元，不用 scan，每次都從最近的 PROMPT 個重新讀起。"""
+    config = small_config(num_kv_heads=8)
+    program = plan(config, "single")
+    model, _ = demo.nnx.merge(program.graphdef, demo.initial_state(program, config))
+    tokens = [int(token) for token in demo.read_text()[1][: text_file.PROMPT]]
+    with on_one_device(config):
+        written = jax.jit(lambda prompt: text_file.write(model, prompt))(np.array(tokens, np.int32))
+        forward = jax.jit(model)
+        for key in jax.random.split(jax.random.key(0), text_file.WRITTEN):
+            logits = forward(np.array([tokens[-text_file.PROMPT :]], np.int32))[0, -1]
+            tokens.append(int(jax.random.categorical(key, logits)))
+    assert written.tolist() == tokens[text_file.PROMPT :]
+
+
+def test_bytes_that_are_no_letters_do_not_disturb_the_terminal():
+    assert text_file.decode(np.array([*"梯度 a".encode(), 0x1B, 10, 0xE6])) == "梯度 a··�"
+
+
 def test_training_text_follows_the_readmes_and_targets_follow_inputs():
     text, held_out = demo.read_text()
     assert bytes(text[:60].astype(np.uint8)) == README.read_bytes()[:60]
@@ -776,6 +931,11 @@ def test_default_run_reaches_the_target(tmp_path):
     assert result.stdout.splitlines()[-2].startswith("達標：5 種策略")
     recorded = metrics(tmp_path / "out")
     assert list(recorded["strategies"]) == STRATEGIES
+    prompt, before, after = recorded["samples"].values()
+    assert before != after
+    assert f"提示：{prompt}\n" in result.stdout
+    assert f"訓練之前：{before}\n" in result.stdout
+    assert f"訓練之後：{after}\n" in result.stdout
     for row in recorded["strategies"].values():
         reference = recorded["strategies"]["single"]["losses"]
         assert len(row["losses"]) == 20
