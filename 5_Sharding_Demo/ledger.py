@@ -64,9 +64,8 @@ def run(run: lesson.Run, config, books: dict[str, dict], measure) -> None:
     if chip != "none":
         describe(chip, {"data": 1})  # 沒有它的編譯器，現在就說
     others = [(mesh, name) for mesh in dict.fromkeys(config.ledger_meshes) for name in books if name != "single"]
-    checks = [
-        place for place, what in CHECKS.items() if chip == "none" or "dtype" not in what
-    ]  # 只有 CPU 的要比 float32
+    # float32 的那一列是拿來看 CPU 編譯器的
+    checks = [place for place, what in CHECKS.items() if chip == "none" or "dtype" not in what]
     places = [("1x1", "single"), *checks, *others]
     jobs = []
     for mesh, name in places:
