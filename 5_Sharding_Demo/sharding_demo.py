@@ -1,6 +1,6 @@
 """第 5 課：Mesh 與切分規則，從一顆晶片到許多晶片 (模組六)。
 
-問題：80 億個參數的模型為什麼放不進一顆晶片？Mesh 與 logical_axis_rules 怎麼解決？切開之後，算出來的還一樣嗎？
+問題：80 億個參數的模型，訓練起來為什麼一顆晶片不夠？Mesh 與 logical_axis_rules 怎麼解決？切開之後，算出來的還一樣嗎？
 
     python 5_Sharding_Demo/sharding_demo.py                        五種策略各訓練 20 步，比位元組、通訊與損失
     python 5_Sharding_Demo/sharding_demo.py --mesh 2x4             換一張地圖
